@@ -1,0 +1,73 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime.h>
+
+namespace mtbert::cuda {
+
+void check(int status, const char* call, const char* operation) {
+    if (status == cudaSuccess) {
+        return;
+    }
+    const auto error = static_cast<cudaError_t>(status);
+    cudaGetLastError();
+    throw CudaError(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + " (" + call + " in " +
+                    operation + ")");
+}
+
+DeviceGuard::DeviceGuard(int device, const char* operation) {
+    int current = -1;
+    check(cudaGetDevice(&current), "cudaGetDevice", operation);
+    if (current != device) {
+        check(cudaSetDevice(device), "cudaSetDevice", operation);
+        previous_ = current;
+    }
+}
+
+DeviceGuard::~DeviceGuard() {
+    if (previous_ >= 0) {
+        cudaSetDevice(previous_);
+    }
+}
+
+void check_pointer(std::uintptr_t pointer, std::size_t alignment, int device, const char* name,
+                   const char* operation) {
+    const std::string subject = std::string(operation) + ": " + name;
+    if (pointer == 0) {
+        throw std::invalid_argument(subject + " is a null pointer");
+    }
+    if (pointer % alignment != 0) {
+        throw std::invalid_argument(subject + " is not aligned to " + std::to_string(alignment) + " bytes");
+    }
+    cudaPointerAttributes attributes{};
+    check(cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(pointer)), "cudaPointerGetAttributes",
+          operation);
+    if (attributes.type == cudaMemoryTypeUnregistered) {
+        throw std::invalid_argument(subject + " is host memory, not memory of device " + std::to_string(device));
+    }
+    if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
+        throw std::invalid_argument(subject + " is on device " + std::to_string(attributes.device) +
+                                    ", not on device " + std::to_string(device));
+    }
+}
+
+DriverInfo driver_info() {
+    DriverInfo info{};
+    cudaDriverGetVersion(&info.driver_version);
+    cudaRuntimeGetVersion(&info.runtime_version);
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        info.error = std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
+        return info;
+    }
+    for (int device = 0; device < count; ++device) {
+        cudaDeviceProp properties{};
+        check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties", "driver_info");
+        info.devices.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                                properties.totalGlobalMem});
+    }
+    return info;
+}
+
+}  // namespace mtbert::cuda

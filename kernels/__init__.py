@@ -1,0 +1,34 @@
+"""Operations on packed tokens: public functions, their autograd, and which implementation serves a call.
+
+One file an operation; `reference` holds the plain PyTorch twin of each, `dispatch` the table of implementations.
+Nothing here knows BERT or tasks. The folder is installed as `mtbert.kernels` and refuses any other name, because a
+second copy would register its operators twice and would hold a second dispatch state.
+"""
+
+from __future__ import annotations
+
+if __name__ != "mtbert.kernels":
+    raise ImportError(
+        f"this package is mtbert.kernels and was imported as {__name__!r}: install the project with "
+        "`pip install -e .` and write `import mtbert.kernels`"
+    )
+
+from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .bias_gelu import bias_gelu
+from .dropout import Dropout, dropout
+from .embedding import embedding
+from .linear import linear
+from .lora_linear import lora_linear, lora_qkv
+
+__all__ = [
+    "Dropout",
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "dropout",
+    "embedding",
+    "linear",
+    "lora_linear",
+    "lora_qkv",
+]

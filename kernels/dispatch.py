@@ -1,0 +1,189 @@
+"""Which implementation serves a call: a table as data, read from the top for each operation.
+
+Nothing here reads a value on a device: device type, dtype and shapes alone decide. `set_backend` or the environment
+variable MTBERT_KERNELS chooses: `auto` takes the first row that serves, a name takes that implementation or raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtbert.errors import ConfigError
+
+from . import extension
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT = "MTBERT_KERNELS"
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something an implementation needs: a predicate on the facts of a call, and what to say where it fails."""
+
+    holds: Callable[[Facts], bool]
+    otherwise: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one operation; `backends` are the explicit choices that it answers to."""
+
+    operation: str
+    implementation: str
+    backends: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    reason: str
+
+
+def _device(name: str) -> Condition:
+    return Condition(lambda facts: facts["device"] == name, f"the tensors must be on a {name} device")
+
+
+def _dtype(*dtypes: torch.dtype) -> Condition:
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return Condition(lambda facts: facts["dtype"] in dtypes, f"the dtype must be {names}")
+
+
+def _built(part: str, function: str) -> Condition:
+    return Condition(
+        lambda _: hasattr(extension.part(part), function),
+        extension.problem or f"the extension mtbert._C was built without {part}.{function}",
+    )
+
+
+def _cpu(operation: str, function: str, *more: Condition) -> Row:
+    conditions = (_device("cpu"), _dtype(torch.float32, torch.bfloat16), _built("cpu", function), *more)
+    return Row(operation, "cpu", ("cpu",), conditions, "C++ for host memory")
+
+
+def _reference(operation: str) -> Row:
+    return Row(operation, "reference", ("reference",), (), "plain PyTorch serves every device and dtype")
+
+
+def _torch(operation: str) -> Row:
+    reason = "matrix products are PyTorch's under every backend"
+    return Row(operation, "torch", ("cpu", "triton", "cuda"), (), reason)
+
+
+_HEAD_DIM = Condition(
+    lambda facts: facts.get("head_dim", 64) % 16 == 0 and facts.get("head_dim", 64) <= 128,
+    "the head dimension must be a multiple of 16 up to 128",
+)
+_ROW_LENGTH = Condition(
+    lambda facts: facts.get("max_seqlen", 512) <= 4096, "rows may be at most 4096 tokens long (max_seqlen)"
+)
+
+TABLE: tuple[Row, ...] = (
+    _cpu("dropout", "dropout"),
+    Row(
+        "dropout",
+        "cuda",
+        ("cuda",),
+        (_device("cuda"), _dtype(torch.float32, torch.bfloat16, torch.float16), _built("cuda", "dropout")),
+        "CUDA C++",
+    ),
+    _reference("dropout"),
+    _cpu("attention", "attention_forward", _HEAD_DIM, _ROW_LENGTH),
+    _reference("attention"),
+    _cpu("embedding", "embedding_forward"),
+    _reference("embedding"),
+    _cpu("add_layer_norm", "add_layer_norm_forward"),
+    _reference("add_layer_norm"),
+    _cpu("bias_gelu", "bias_gelu_forward"),
+    _reference("bias_gelu"),
+    _torch("linear"),
+    _reference("linear"),
+    _torch("lora_linear"),
+    _reference("lora_linear"),
+    _torch("lora_qkv"),
+    _reference("lora_qkv"),
+)
+OPERATIONS = tuple(dict.fromkeys(row.operation for row in TABLE))
+
+_backend: str | None = None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ConfigError(f"{source}: {name!r} is no kernel backend, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def backend() -> str:
+    """The backend in force: what `set_backend` was given, else MTBERT_KERNELS, else auto."""
+    if _backend is not None:
+        return _backend
+    return _checked(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+
+
+def set_backend(name: str | None) -> None:
+    """Choose the backend for all later calls; None leaves the choice to the environment again."""
+    global _backend
+    _backend = None if name is None else _checked(name, "kernels")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend within a `with` block."""
+    global _backend
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _failures(row: Row, facts: Facts) -> list[str]:
+    return [condition.otherwise for condition in row.conditions if not condition.holds(facts)]
+
+
+def select(operation: str, *, device: str, dtype: torch.dtype, **shape: int) -> tuple[str, str]:
+    """The implementation that serves a call, and why it does.
+
+    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen), where it matters.
+    Raises ConfigError where the backend was chosen by name and cannot serve the call.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"dispatch: unknown operation {operation!r}, expected one of {', '.join(OPERATIONS)}")
+    facts = {"device": device, "dtype": dtype, **shape}
+    chosen = backend()
+    rows = [row for row in TABLE if row.operation == operation and (chosen == "auto" or chosen in row.backends)]
+    problems = []
+    for row in rows:
+        failures = _failures(row, facts)
+        if not failures:
+            return row.implementation, "; ".join([row.reason, *problems])
+        problems.append(f"not {row.implementation}: {', '.join(failures)}")
+    if not rows:
+        raise ConfigError(f"kernels={chosen}: no {chosen} implementation of {operation} is available")
+    name = str(dtype).removeprefix("torch.")
+    raise ConfigError(f"kernels={chosen} cannot serve {operation} for {name} on {device}: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation would serve an operation (None: none can under the chosen backend), and why."""
+
+    operation: str
+    implementation: str | None
+    reason: str
+
+
+def explain(device: str, dtype: torch.dtype) -> list[Explanation]:
+    """One explanation for each operation, at ordinary shapes, under the backend in force."""
+    explanations = []
+    for operation in OPERATIONS:
+        try:
+            explanations.append(Explanation(operation, *select(operation, device=device, dtype=dtype)))
+        except ConfigError as error:
+            explanations.append(Explanation(operation, None, str(error)))
+    return explanations

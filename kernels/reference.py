@@ -1,0 +1,204 @@
+"""The plain PyTorch twin of every operation: the specification that the fast implementations are held against.
+
+Same signatures as the public functions, any floating dtype, any device, differentiable by autograd alone. Half-width
+inputs are computed in float32 and rounded once at the end; float64 stays float64. No device value is read, so that
+these serve training wherever no faster implementation does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .philox import HEAD_COLUMNS, LANES, Dropout, dropout_mask, keep_groups, leading_columns_mask, philox4x32
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "dropout",
+    "dropout_mask",
+    "embedding",
+    "linear",
+    "lora_linear",
+    "lora_qkv",
+    "philox4x32",
+]
+
+_MAX_SCORES = 1 << 24
+"""Attention scores computed at once; longer batches go in groups of sequences, so that memory stays bounded."""
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _drop(x: Tensor, dropout_row: Tensor | None, dropout: Dropout | None) -> Tensor:
+    if dropout is None or dropout.threshold == 0:
+        return x
+    assert dropout_row is not None
+    kept = leading_columns_mask(dropout_row, x.shape[1], dropout)
+    return torch.where(kept, x * dropout.scale, 0.0)
+
+
+def dropout(x: Tensor, dropout_row: Tensor, dropout: Dropout | None) -> Tensor:
+    """Dropout of x [T, C] by the stateless mask."""
+    return _drop(_wide(x), dropout_row, dropout).to(x.dtype)
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Softmax attention within each sequence: padded to max_seqlen, masked, and gathered back to the tokens."""
+    tokens, _, heads, head_dim = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    if tokens == 0 or sequences == 0:
+        return qkv.new_zeros(tokens, heads, head_dim) + 0 * qkv.sum()
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    position = torch.arange(max_seqlen, device=qkv.device)
+    inside = position < lengths[:, None]
+    index = (starts[:, None] + position).clamp(max=tokens - 1)
+
+    group = max(1, _MAX_SCORES // (heads * max_seqlen * max_seqlen))
+    padded = []
+    for first in range(0, sequences, group):
+        some = slice(first, first + group)
+        rows = None if dropout_row is None else dropout_row[index[some]]
+        padded.append(_padded_attention(_wide(qkv)[index[some]], inside[some], scale, rows, dropout))
+
+    token = torch.arange(tokens, device=qkv.device)
+    sequence = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    covered = (sequence >= 0) & (sequence < sequences)
+    sequence = sequence.clamp(0, sequences - 1)
+    slot = sequence * max_seqlen + (token - starts[sequence]).clamp(0, max_seqlen - 1)
+    gathered = torch.cat(padded).flatten(0, 1)[slot]
+    return torch.where(covered[:, None, None], gathered, 0.0).to(qkv.dtype)
+
+
+def _padded_attention(
+    qkv: Tensor, inside: Tensor, scale: float, dropout_row: Tensor | None, dropout: Dropout | None
+) -> Tensor:
+    """qkv [N, L, 3, H, D], inside bool [N, L], dropout_row [N, L] -> [N, L, H, D]."""
+    count, length, _, heads, _ = qkv.shape
+    # Selected, not multiplied: what lies outside the sequences may be NaN.
+    q, k, v = torch.where(inside[:, :, None, None, None], qkv, 0.0).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(2, 3)) * scale
+    scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1)
+    if dropout is not None and dropout.threshold > 0:
+        assert dropout_row is not None
+        groups = -(-length // LANES)
+        first_group = torch.arange(heads, device=qkv.device) * (HEAD_COLUMNS // LANES)
+        columns = first_group[:, None] + torch.arange(groups, device=qkv.device)
+        kept = keep_groups(dropout_row.flatten(), columns.flatten(), dropout)
+        kept = kept.view(count, length, heads, groups * LANES)[..., :length].transpose(1, 2)
+        probabilities = torch.where(kept, probabilities * dropout.scale, 0.0)
+    return (probabilities @ v).transpose(1, 2)
+
+
+def embedding(
+    ids: Tensor,
+    type_ids: Tensor,
+    positions: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[ids] + position[positions] + token_type[type_ids])) in dtype."""
+    words, position_table, types = tables
+    total = (
+        _wide(F.embedding(ids, words))
+        + _wide(F.embedding(positions, position_table))
+        + _wide(F.embedding(type_ids, types))
+    )
+    if dtype == torch.float64:
+        total = total.double()
+    normed = _layer_norm(total, weight, bias, eps)
+    return _drop(normed, dropout_row, dropout).to(dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    eps: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x + linear_bias)) over the last dimension of [T, C]."""
+    branch = _wide(x)
+    if linear_bias is not None:
+        branch = branch + linear_bias.to(branch.dtype)
+    total = _wide(residual) + _drop(branch, dropout_row, dropout)
+    return _layer_norm(total, weight, bias, eps).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """z Phi(z) with z = x + bias and the exact normal distribution function Phi (Hendrycks, Gimpel 2016)."""
+    z = _wide(x)
+    z = z + bias.to(z.dtype)
+    return (z * 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """x weight^T + bias + scale (dropout(x) lora_a^T) lora_b^T (Hu et al. 2021, equation 3)."""
+    dropped = _drop(_wide(x), dropout_row, dropout).to(x.dtype)
+    return linear(x, weight, bias) + scale * linear(linear(dropped, lora_a, None), lora_b, None)
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: tuple[tuple[Tensor, Tensor] | None, ...],
+    *,
+    scale: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Three projections in one [3C, K] weight, each with its adapter or None; one mask for the three."""
+    dropped = _drop(_wide(x), dropout_row, dropout).to(x.dtype)
+    outputs = []
+    for base, adapter in zip(linear(x, weight, bias).chunk(3, dim=1), adapters, strict=True):
+        if adapter is None:
+            outputs.append(base)
+        else:
+            outputs.append(base + scale * linear(linear(dropped, adapter[0], None), adapter[1], None))
+    return torch.cat(outputs, dim=1)

@@ -1,0 +1,223 @@
+"""What the entry points share: the parser, presets, and errors that end with one clear message."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from mtbert.config import TrainConfig
+from mtbert.errors import ConfigError, Interrupted, UserError
+from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.registry import TASKS
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run an entry point: a UserError becomes one message and exit code 2 (`--debug` shows the traceback)."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        main([a for a in arguments if a != "--debug"])
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(Interrupted.exit_code) from None
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); Python's own flush at exit must not complain again.
+        sys.stdout = None  # type: ignore[assignment]
+
+
+def presets() -> dict[str, Path]:
+    """The presets shipped in the package, by name."""
+    folder = resources.files("mtbert") / "presets"
+    return {Path(f.name).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
+
+
+def preset_path(name: str) -> Path:
+    """The file of a shipped preset, or of a YAML file of the user's own."""
+    known = presets()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise ConfigError(f"--preset {name}: there is no such file")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"--preset {name}: no such preset.{hint} Presets: {', '.join(sorted(known))}")
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    """Import modules or Python files that register tasks."""
+    for plugin in plugins:
+        name = Path(plugin).stem if plugin.endswith(".py") else plugin
+        if name in sys.modules:
+            continue
+        if plugin.endswith(".py"):
+            if not Path(plugin).is_file():
+                raise ConfigError(f"plugins: there is no file {plugin}")
+            spec = importlib.util.spec_from_file_location(name, plugin)
+            if spec is None or spec.loader is None:
+                raise ConfigError(f"plugins: {plugin} cannot be imported")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        else:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"plugins: {plugin!r} cannot be imported ({error})") from error
+
+
+def train_parser(defaults: Path | None) -> ArgumentParser:
+    """The parser of every training option; `defaults` is a preset's YAML file."""
+    names = ", ".join(sorted(presets()))
+    parser = ArgumentParser(
+        prog="python -m mtbert.train",
+        description="Fine-tune one BERT on several sentence tasks at once. Without arguments: the preset"
+        " quickstart, on built-in synthetic sentences.",
+        default_config_files=[str(defaults)] if defaults else [],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file: a preset or a run's config.yaml.")
+    parser.add_argument("--preset", type=str, help=f"A shipped preset ({names}) or a YAML file.")
+    parser.add_argument("--resume", type=str, help="The folder of an interrupted run to go on with.")
+    parser.add_argument("--debug", type=bool, nargs="?", const=True, default=False, help="Show tracebacks.")
+    parser.add_class_arguments(TrainConfig, None, skip={"task"}, fail_untyped=True)
+    for name, task in TASKS.items():
+        parser.add_class_arguments(TaskConfig, name, help=f"task {name}: {task.title}")
+    return parser
+
+
+def parse_train(arguments: list[str]) -> TrainConfig:
+    """The configuration from preset, `--config` files and options, in this order of precedence from low to high.
+
+    Raises ConfigError for an unknown key (suggesting the nearest), an ill-typed or an impossible value.
+    """
+    load_plugins(_plugins_named(arguments))
+    given = {a.split("=")[0] for a in arguments}
+    preset = option_value(arguments, "--preset")
+    if preset is None and not given & {"--data", "--config"}:
+        preset = "quickstart"
+    parser = train_parser(preset_path(preset) if preset else None)
+    return parse_with(parser, arguments)
+
+
+def config_from_file(path: Path) -> TrainConfig:
+    """The configuration that a run's config.yaml holds."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such configuration file")
+    arguments = ["--config", str(path)]
+    load_plugins(_plugins_named(arguments))
+    return parse_with(train_parser(None), arguments)
+
+
+def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
+    """Parse and build the dataclasses."""
+    values = parse_or_explain(parser, arguments)
+    try:
+        built = parser.instantiate(values) if hasattr(parser, "instantiate") else parser.instantiate_classes(values)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _config_error(error, parser) from error
+    fields: dict[str, Any] = dict(vars(built))
+    for name in ("config", "preset", "resume", "debug", "__default_config__"):
+        fields.pop(name, None)
+    task = {name: fields.pop(name) for name in TASKS if name in fields}
+    config = TrainConfig(**fields, task=task)
+    config.task = {name: config.task[name] for name in config.tasks}
+    return config
+
+
+def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse; jsonargparse's errors become ConfigErrors that suggest the nearest option."""
+    try:
+        return parser.parse_args(arguments)
+    except UserError:
+        raise
+    except SystemExit:
+        raise
+    except Exception as error:
+        raise _config_error(error, parser) from error
+
+
+def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    options = sorted({o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")})
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", text)
+    if unknown:
+        name = unknown.group(1).split()[0].split("=")[0].lstrip("-")
+        return ConfigError(f"unknown option --{name}.{_suggest(name, options)}")
+    in_group = re.search(r"Group '([^']*)' does not accept (?:option|nested key) '([^']*)'", text) or re.search(
+        r"[Kk]ey ()[\"']([\w.\-]+)[\"'] is not expected", text
+    )
+    if in_group:
+        name = f"{in_group.group(1)}.{in_group.group(2)}".strip(".")
+        return ConfigError(f"unknown key {name}.{_suggest(name, options)}")
+    return ConfigError(text)
+
+
+def _suggest(name: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if not close:
+        tails = {o.rsplit(".", 1)[-1]: o for o in options}
+        close = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)]
+    return f" Did you mean {close[0]}?" if close else " `--help` lists what there is."
+
+
+def option_value(arguments: Sequence[str], option: str) -> str | None:
+    """The last value of `option` on a raw command line: presets and plugins shape the parser itself."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == option and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(option + "="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
+def _plugins_named(arguments: Sequence[str]) -> list[str]:
+    named: list[str] = []
+    for option in ("--preset", "--config"):
+        path = option_value(arguments, option)
+        if path and path.endswith((".yaml", ".yml")) and Path(path).is_file():
+            try:
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from error
+            if isinstance(content, dict):
+                named += content.get("plugins") or []
+    value = option_value(arguments, "--plugins")
+    if value:
+        try:
+            listed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--plugins: expected a name or a list, found {value!r}") from error
+        named += listed if isinstance(listed, list) else [listed]
+    return [str(n) for n in named]

@@ -1,0 +1,117 @@
+"""The whole configuration: joins the dataclasses that stand beside each component.
+
+Every field can be set in YAML and on the command line; a run's `config.yaml` holds the resolved values and
+reruns the same experiment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from mtbert.curriculum import CurriculumConfig
+from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.precision import Precision
+from mtbert.engine.trainer import RunConfig
+from mtbert.errors import ConfigError
+from mtbert.model.build import ModelConfig
+from mtbert.model.multitask import MODE_ALIASES
+from mtbert.optim.adamw import OptimizerConfig
+from mtbert.optim.schedule import ScheduleConfig
+from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.registry import get_task
+
+Mode = Literal["full", "last-linear-layer", "lora", "full-model", "finetune", "pretrain"]
+
+
+@dataclass
+class TrainConfig:
+    """What a training run is a function of."""
+
+    data: str = "sample"
+    """A folder in the CS224N layout, `sample` (built-in synthetic sentences) or `hub` (SST-5, QQP, STS-B)."""
+    output: str | None = None
+    """The run's folder; by default a new one under runs/."""
+    tasks: list[str] = field(default_factory=lambda: ["sst", "para", "sts"])
+    """The tasks to train together; round-robin takes turns in this order."""
+    mode: Mode = "full"
+    """full: everything trains; last-linear-layer: the heads, on cached features of the frozen encoder; lora:
+    low-rank adapters and heads. The course's names: pretrain, finetune and full-model."""
+    epochs: float = 3
+    """Passes over the curriculum's epoch; a part of an epoch is possible (0.5)."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    seeds: int = 1
+    """Runs with seeds seed, seed + 1, ...; more than one gives mean and deviation."""
+    precision: Precision = "auto"
+    """Compute type; auto: bf16 where the hardware multiplies it natively, else float32."""
+    max_tokens: int = 4096
+    """Token budget of one forward and backward pass; a larger step takes several passes with the same result."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Implementation of the encoder's operations; auto takes the fastest that can serve."""
+    cache: str | None = None
+    """Folder of the tokenised tables; by default mtbert in the user's cache folder."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files or modules that register tasks, imported at start-up."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The encoder, its dropout and its adapters."""
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over time."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """How the tasks are mixed."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When and on what to evaluate."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Logging and checkpoints."""
+    task: dict[str, TaskConfig] = field(default_factory=dict)
+    """Settings of each task; groups named after the tasks in YAML and on the command line."""
+
+    def __post_init__(self) -> None:
+        self.mode = MODE_ALIASES.get(self.mode, self.mode)  # type: ignore[assignment]
+        if not self.tasks:
+            raise ConfigError("tasks: expected at least one task, found an empty list")
+        repeated = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"tasks: {', '.join(repeated)} is named more than once")
+        for name in self.tasks:
+            get_task(name)
+            self.task.setdefault(name, TaskConfig())
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ConfigError(f"epochs: expected a number above 0, found {self.epochs}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: expected 0 to 2**63 - 1, found {self.seed}")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds: expected at least 1, found {self.seeds}")
+        if self.threads < 0:
+            raise ConfigError(f"threads: expected at least 0, found {self.threads}")
+        for name in self.tasks:
+            rows = 2 if get_task(name).is_pair and self.task[name].head.pair != "cross-encoder" else 1
+            needed = rows * self.task[name].max_length
+            if self.max_tokens < needed:
+                raise ConfigError(
+                    f"max_tokens: an example of task {name} may take {needed} tokens"
+                    f" ({name}.max_length {self.task[name].max_length}, {rows} row(s)), but one pass may hold"
+                    f" {self.max_tokens}; raise max_tokens or lower {name}.max_length"
+                )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, each task's settings under the task's name; absent tasks left out."""
+    values = dataclasses.asdict(config)
+    tasks = values.pop("task")
+    return values | {name: tasks[name] for name in config.tasks}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML, in the order of the fields."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Reading, tokenising, batching and packing of examples; knows no model and no task."""

@@ -1,0 +1,134 @@
+"""From a configuration to data, model and forward pass: what training, evaluation and prediction share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mtbert.data.dataset import Form, TaskData
+from mtbert.data.tables import Table
+from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.engine.features import FrozenForward
+from mtbert.engine.forward import Forward, PackedForward
+from mtbert.engine.precision import compute_dtype, resolve_device
+from mtbert.kernels.dispatch import set_backend
+from mtbert.model.build import build_model
+from mtbert.model.heads import HeadSpec
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.model.pretrained import resolve
+from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.registry import Task, get_task
+
+if TYPE_CHECKING:
+    from mtbert.config import TrainConfig
+
+TaskTables = Mapping[str, Mapping[str, Table]]
+"""Tables by task and split."""
+
+TaskSplits = dict[str, dict[str, TaskData]]
+"""Tokenised examples by task and split."""
+
+
+def default_cache() -> Path:
+    """Where tokenised tables are kept unless the configuration says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mtbert"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare_machine(config: TrainConfig) -> Machine:
+    """Set threads and kernels, and choose device and compute type."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_backend(config.kernels)
+    device = resolve_device(config.device)
+    return Machine(device, compute_dtype(config.precision, device))
+
+
+def tasks_of(config: TrainConfig) -> dict[str, Task]:
+    """The configured tasks, in their order."""
+    return {name: get_task(name) for name in config.tasks}
+
+
+def form_of(task: Task, config: TaskConfig) -> Form:
+    """How the examples of a task become rows: a choice of its head."""
+    if not task.is_pair:
+        return "single"
+    return "cross" if config.head.pair == "cross-encoder" else "pair-rows"
+
+
+def task_data(task: Task, config: TaskConfig, table: Table, tokeniser: Tokeniser, cache: Path | None) -> TaskData:
+    """A table, tokenised (or read from the cache), in the form that the task's head reads."""
+    return TaskData(
+        task.name,
+        tokenise(table, tokeniser, cache),
+        form=form_of(task, config),
+        max_length=config.max_length,
+        truncate=config.truncate,
+    )
+
+
+def prepare_data(config: TrainConfig, tables: TaskTables, tokeniser: Tokeniser) -> TaskSplits:
+    """TaskData by task and split."""
+    cache = Path(config.cache) if config.cache else default_cache()
+    return {
+        name: {
+            split: task_data(get_task(name), config.task[name], table, tokeniser, cache)
+            for split, table in splits.items()
+        }
+        for name, splits in tables.items()
+    }
+
+
+def head_specs(config: TrainConfig) -> list[HeadSpec]:
+    """What each task asks of its head."""
+    return [
+        HeadSpec(name=name, outputs=task.outputs, pair=task.is_pair, score_range=task.score_range)
+        for name, task in tasks_of(config).items()
+    ]
+
+
+def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, Tokeniser]:
+    """The pretrained encoder with fresh heads (and adapters) on the device, and its tokeniser."""
+    folder = resolve(config.model.pretrained)
+    model = build_model(
+        folder,
+        config.model,
+        mode=config.mode,
+        specs=head_specs(config),
+        heads={name: config.task[name].head for name in config.tasks},
+        max_lengths={name: config.task[name].max_length for name in config.tasks},
+        seed=config.seed,
+    )
+    return model.to(machine.device), Tokeniser.from_folder(folder)
+
+
+def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) -> Forward:
+    """The packed pass; with a frozen encoder, the cached features of it."""
+    packed = PackedForward(model, machine.device, machine.dtype)
+    return FrozenForward(packed, max_tokens=config.max_tokens) if config.mode == "last-linear-layer" else packed
+
+
+def data_fingerprint(data: TaskSplits) -> str:
+    """A digest of the training examples: their tokens and labels."""
+    digest = hashlib.sha256()
+    for name in sorted(data):
+        train = data[name]["train"]
+        digest.update(name.encode())
+        for array in (train.tokens, train.lengths, train.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

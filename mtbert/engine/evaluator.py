@@ -1,0 +1,125 @@
+"""Scores of every task on dev and on (a sample of) train, without dropout."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mtbert.data.dataset import TaskData
+from mtbert.engine.forward import Forward
+from mtbert.engine.inference import infer
+from mtbert.errors import ConfigError
+from mtbert.evaluation.metrics import TaskScores, aggregates, score
+from mtbert.losses.task_losses import TaskLoss
+from mtbert.tasks.registry import Task
+
+
+@dataclass
+class EvaluationConfig:
+    """When to evaluate, on what, and when to stop early."""
+
+    every: Literal["epoch"] | int = "epoch"
+    """Evaluate after every epoch, or every so many steps; the end of training is always evaluated."""
+    train_examples: Literal["all"] | int = 1000
+    """Training examples of each task to score: a seeded sample of this size, 0 for none, or all."""
+    patience: int = 0
+    """Stop after so many evaluations without a better dev score; 0 never stops early."""
+    resamples: int = 1000
+    """Bootstrap resamples of the reported intervals."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, int) and self.every < 1:
+            raise ConfigError(f"evaluation.every: expected epoch or at least 1 step, found {self.every}")
+        if isinstance(self.train_examples, int) and self.train_examples < 0:
+            raise ConfigError(f"evaluation.train_examples: expected at least 0, found {self.train_examples}")
+        if self.patience < 0:
+            raise ConfigError(f"evaluation.patience: expected at least 0, found {self.patience}")
+        if self.resamples < 1:
+            raise ConfigError(f"evaluation.resamples: expected at least 1, found {self.resamples}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores and mean losses by task on both splits."""
+
+    train: dict[str, TaskScores]
+    dev: dict[str, TaskScores]
+    train_loss: dict[str, float]
+    dev_loss: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """The number that checkpoints are chosen by (see `metrics.selection_score`)."""
+        value = aggregates(self.dev)["score"]
+        assert value is not None
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation's part of a line of metrics.jsonl."""
+        return {
+            "train": {task: s.to_json() for task, s in self.train.items()},
+            "dev": {task: s.to_json() for task, s in self.dev.items()},
+            "train_loss": self.train_loss,
+            "dev_loss": self.dev_loss,
+            **aggregates(self.dev),
+        }
+
+
+def seeded_sample(size: int, wanted: Literal["all"] | int, seed: int, name: str) -> np.ndarray:
+    """The same `wanted` of `size` indices for a seed and a task, in ascending order."""
+    if wanted == "all" or wanted >= size:
+        return np.arange(size)
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.sort(generator.choice(size, wanted, replace=False))
+
+
+class Evaluator:
+    """Holds what an evaluation needs; `forward` is the trained model's."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tasks: Mapping[str, Task],
+        data: Mapping[str, Mapping[str, TaskData]],
+        losses: Mapping[str, TaskLoss],
+        config: EvaluationConfig,
+        *,
+        max_tokens: int,
+        seed: int,
+    ) -> None:
+        self.forward = forward
+        self.tasks = dict(tasks)
+        self.data = data
+        self.losses = losses
+        self.max_tokens = max_tokens
+        self.train_sample = {
+            name: seeded_sample(len(data[name]["train"]), config.train_examples, seed, name) for name in tasks
+        }
+
+    def evaluate(self) -> Evaluation:
+        """Score the whole of dev and the sample of train."""
+        scores: dict[str, dict[str, TaskScores]] = {"train": {}, "dev": {}}
+        losses: dict[str, dict[str, float]] = {"train": {}, "dev": {}}
+        for name, task in self.tasks.items():
+            for split, examples in (("train", self.train_sample[name]), ("dev", None)):
+                if examples is not None and not len(examples):
+                    continue
+                data = self.data[name][split]
+                outputs = infer(self.forward, data, max_tokens=self.max_tokens, examples=examples)
+                labels = data.labels if examples is None else data.labels[examples]
+                scores[split][name] = score(task, labels, outputs)
+                losses[split][name] = self._mean_loss(name, outputs, labels)
+        return Evaluation(scores["train"], scores["dev"], losses["train"], losses["dev"])
+
+    def _mean_loss(self, name: str, outputs: np.ndarray, labels: np.ndarray) -> float:
+        loss = self.losses[name]
+        device = torch.device("cpu") if loss.class_weights is None else loss.class_weights.device
+        values = loss.per_example(
+            torch.from_numpy(outputs).to(device), torch.from_numpy(np.asarray(labels)).to(device)
+        )
+        return float(values.mean())

@@ -1,0 +1,88 @@
+"""The end of a run: the best checkpoint's predictions, its scores, and the report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mtbert.data.dataset import TaskData
+from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.forward import Forward
+from mtbert.engine.inference import infer
+from mtbert.errors import CheckpointError
+from mtbert.evaluation.baselines import baselines
+from mtbert.evaluation.predictions import Predictions, write_prediction_files
+from mtbert.evaluation.results import Results, results
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.tasks.registry import Task
+
+logger = logging.getLogger(__name__)
+
+
+def load_best_weights(model: MultiTaskModel, folder: Path) -> int:
+    """Put the best checkpoint's weights into `model`; returns its step. Raises CheckpointError when there is none."""
+    checkpoint = CheckpointStore(folder).load_best(logger.warning)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no evaluated checkpoint")
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit the configured model: {error}") from error
+    return checkpoint.step
+
+
+def predict_split(
+    forward: Forward, task: Task, data: TaskData, split: str, *, max_tokens: int
+) -> Predictions:
+    """Predictions of a whole table."""
+    outputs = infer(forward, data, max_tokens=max_tokens)
+    return Predictions(task.name, split, tuple(data.ids), data.labels, outputs)
+
+
+def predict_all(
+    forward: Forward,
+    tasks: Mapping[str, Task],
+    data: Mapping[str, Mapping[str, TaskData]],
+    *,
+    max_tokens: int,
+    folder: Path,
+    mode: str,
+) -> dict[str, Predictions]:
+    """Predict dev and test of every task and write the prediction files; returns dev's."""
+    dev: dict[str, Predictions] = {}
+    course_mode = {"full": "full-model", "last-linear-layer": "last-linear-layer"}.get(mode)
+    for name, task in tasks.items():
+        for split in ("dev", "test"):
+            if split in data[name]:
+                predictions = predict_split(forward, task, data[name][split], split, max_tokens=max_tokens)
+                write_prediction_files(folder, task, predictions, mode=course_mode)
+                if split == "dev":
+                    dev[name] = predictions
+    return dev
+
+
+def score_predictions(
+    tasks: Mapping[str, Task],
+    data: Mapping[str, Mapping[str, TaskData]],
+    predictions: Mapping[str, Predictions],
+) -> Results:
+    """The table of results, against the baselines that the labels give."""
+    return results(
+        tasks,
+        predictions,
+        baselines={
+            name: baselines(task, data[name]["train"].labels, data[name]["dev"].labels)
+            for name, task in tasks.items()
+        },
+    )
+
+
+def dev_examples(
+    data: Mapping[str, Mapping[str, TaskData]],
+) -> dict[str, tuple[list[str], list[tuple[str, ...]], np.ndarray | None]]:
+    """The dev sentences by task, for the report's worst errors."""
+    tables = {name: splits["dev"].table for name, splits in data.items()}
+    return {name: (table.ids, table.texts, table.labels) for name, table in tables.items()}

@@ -1,0 +1,30 @@
+"""Outputs of a task's examples without dropout, packed to the token budget, in the examples' order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mtbert.data.dataset import TaskData
+from mtbert.data.packing import plan_passes
+from mtbert.engine.forward import Forward
+
+
+@torch.inference_mode()
+def infer(forward: Forward, data: TaskData, *, max_tokens: int, examples: np.ndarray | None = None) -> np.ndarray:
+    """Outputs `[n, outputs]` float32 of `examples` (default: all), whatever the order they are computed in.
+
+    Examples are taken longest first: passes then hold rows of like length, and a budget that is too large
+    for the memory fails at once instead of in the middle.
+    """
+    chosen = np.arange(len(data)) if examples is None else np.asarray(examples, dtype=np.int64)
+    order = np.argsort(-data.lengths[chosen], kind="stable")
+    parts: list[np.ndarray] = []
+    if not len(chosen):
+        return np.zeros((0, 1), dtype=np.float32)
+    for chunk in np.array_split(order, max(1, len(order) // 2048)):
+        for requests in plan_passes({data.name: chosen[chunk]}, {data.name: data}, max_tokens):
+            parts.append(forward(requests, None).outputs[data.name].float().cpu().numpy())
+    outputs = np.empty((len(chosen), parts[0].shape[1]), dtype=np.float32)
+    outputs[order] = np.concatenate(parts)
+    return outputs

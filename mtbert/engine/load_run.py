@@ -1,0 +1,48 @@
+"""A trained run, ready to compute: its configuration, its best weights, its tokeniser."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from mtbert.config import TrainConfig
+from mtbert.data.tokenisation import Tokeniser
+from mtbert.engine.build import Machine, build_forward, load_model, prepare_machine, tasks_of
+from mtbert.engine.finish import load_best_weights
+from mtbert.engine.forward import Forward
+from mtbert.engine.run_folder import RunFolder
+from mtbert.errors import ConfigError
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.tasks.registry import Task
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What prediction and evaluation need of a run."""
+
+    run: RunFolder
+    config: TrainConfig
+    tasks: dict[str, Task]
+    machine: Machine
+    model: MultiTaskModel
+    tokeniser: Tokeniser
+    forward: Forward
+    step: int
+    """The step of the checkpoint whose weights are loaded."""
+
+
+def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) -> LoadedRun:
+    """Load the best checkpoint of a run, without gradients. Raises UserError for a folder that holds none."""
+    if config.seeds > 1:
+        raise ConfigError(
+            f"{run.path} holds the runs of {config.seeds} seeds; name one of them, like"
+            f" {run.path / f'seed-{config.seed}'}"
+        )
+    if device is not None:
+        config = dataclasses.replace(config, device=device)
+    machine = prepare_machine(config)
+    model, tokeniser = load_model(config, machine)
+    step = load_best_weights(model, run.checkpoints)
+    forward = build_forward(config, model, machine)
+    model.eval().requires_grad_(False)
+    return LoadedRun(run, config, tasks_of(config), machine, model, tokeniser, forward, step)
+

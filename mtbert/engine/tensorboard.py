@@ -1,0 +1,41 @@
+"""TensorBoard events beside metrics.jsonl, when tensorboard is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def tensorboard_listeners(folder: Path) -> list[Listener]:
+    """A listener that writes every record's numbers into `folder`/tensorboard; empty without tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return []
+    writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def listen(record: dict[str, Any]) -> None:
+        for tag, value in _scalars(record):
+            writer.add_scalar(tag, value, record["step"])
+        if record["kind"] == "evaluation":
+            writer.flush()
+
+    return [listen]
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    if record["kind"] == "step":
+        pairs = [(f"loss/{task}", value) for task, value in record["loss"].items()]
+        return [*pairs, ("loss/total", record["total_loss"]), ("lr", record["lr"]), ("grad_norm", record["grad_norm"])]
+    if record["kind"] == "epoch":
+        return [("tokens_per_second", record["tokens_per_second"])]
+    pairs = []
+    for split in ("train", "dev"):
+        for task, scores in record[split].items():
+            for name in ("accuracy", "macro_f1", "pearson", "spearman"):
+                if scores.get(name) is not None:
+                    pairs.append((f"{split}/{task}/{name}", scores[name]))
+    return pairs + [(f"dev/{name}", record[name]) for name in ("overall", "mean") if record[name] is not None]

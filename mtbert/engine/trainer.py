@@ -1,0 +1,358 @@
+"""The loop: steps, evaluations, checkpoints, early stopping, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mtbert.curriculum import Curriculum
+from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.environment import environment_differences
+from mtbert.engine.evaluator import EvaluationConfig, Evaluator
+from mtbert.engine.metrics_log import MetricsLog
+from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
+from mtbert.engine.step import StepResult, TrainStep
+from mtbert.engine.tensorboard import Listener
+from mtbert.errors import CheckpointError, ConfigError, Interrupted, UserError
+from mtbert.evaluation.metrics import aggregates
+from mtbert.optim.schedule import ScheduleConfig, factor, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunConfig:
+    """Logging and checkpoints."""
+
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, beside the one after every evaluation; 0 for none."""
+    tensorboard: bool = True
+    """Also write TensorBoard events, when tensorboard is installed."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ConfigError(f"run.log_every: expected at least 1, found {self.log_every}")
+        if self.checkpoint_every < 0:
+            raise ConfigError(f"run.checkpoint_every: expected at least 0, found {self.checkpoint_every}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it goes into a checkpoint's state."""
+
+    step: int = 0
+    """Steps taken."""
+    seconds: float = 0.0
+    """Training time so far, without evaluations and checkpoints."""
+    tokens: int = 0
+    """Real tokens that the encoder read in training."""
+    best_step: int | None = None
+    best_score: float = -math.inf
+    evaluations_without_gain: int = 0
+    last_evaluated: int = -1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an unset best score is null, since JSON has no infinity."""
+        return vars(self) | {"best_score": None if self.best_step is None else self.best_score}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        """What `to_json` gave."""
+        score = values["best_score"]
+        return cls(**(values | {"best_score": -math.inf if score is None else score}))
+
+
+@dataclass
+class _Window:
+    """What has been summed since the last line of metrics.jsonl."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    total: float = 0.0
+    grad_norm: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        for task, loss in result.losses.items():
+            self.sums[task] = self.sums.get(task, 0.0) + float(loss)
+            self.counts[task] = self.counts.get(task, 0) + 1
+        self.total += float(result.total)
+        self.grad_norm += float(result.grad_norm)
+        self.steps += 1
+
+
+class Trainer:
+    """Trains from wherever `progress` stands to the last step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_step: TrainStep,
+        curriculum: Curriculum,
+        evaluator: Evaluator,
+        store: CheckpointStore,
+        log: MetricsLog,
+        *,
+        epochs: float,
+        schedule: ScheduleConfig,
+        evaluation: EvaluationConfig,
+        run: RunConfig,
+        fingerprint: dict[str, Any],
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run."""
+        self.model = model
+        self.train_step = train_step
+        self.optimizer = train_step.optimizer
+        self.curriculum = curriculum
+        self.evaluator = evaluator
+        self.store = store
+        self.log = log
+        self.schedule = schedule
+        self.evaluation = evaluation
+        self.run = run
+        self.fingerprint = fingerprint
+        self.listeners = listeners
+        self.steps_per_epoch = curriculum.steps_per_epoch
+        self.total_steps = max(1, round(epochs * self.steps_per_epoch))
+        self.progress = Progress()
+        self._window = _Window()
+        self._pending: StepResult | None = None
+
+    def fit(self) -> None:
+        """Train to the end, or until early stopping. Raises Interrupted and NonFiniteError."""
+        progress = self.progress
+        with _stop_requests() as stop, self._bar() as bar:
+            while progress.step < self.total_steps and not self._out_of_patience():
+                share = factor(self.schedule, progress.step, self.total_steps)
+                lr = set_learning_rate(self.optimizer, share)
+                started = time.perf_counter()
+                result = self.train_step(self.curriculum.next(), progress.step)
+                self._collect()
+                elapsed = time.perf_counter() - started
+                self._pending = result
+                progress.step += 1
+                progress.seconds += elapsed
+                progress.tokens += result.tokens
+                self._window.tokens += result.tokens
+                self._window.seconds += elapsed
+                bar.update()
+                self._after_step(lr, bar)
+                if stop.is_set():
+                    self._collect()
+                    path = self.checkpoint()
+                    raise Interrupted(f"stopped after step {progress.step}; the checkpoint is {path}")
+
+    def _after_step(self, lr: float, bar: tqdm[Any]) -> None:
+        step = self.progress.step
+        last = step == self.total_steps
+        every = self.steps_per_epoch if self.evaluation.every == "epoch" else self.evaluation.every
+        evaluate = last or step % every == 0
+        checkpoint = evaluate or (self.run.checkpoint_every and step % self.run.checkpoint_every == 0)
+        if checkpoint or step % self.run.log_every == 0:
+            self._collect()
+            self._log_window(lr, bar)
+        if step % self.steps_per_epoch == 0 or last:
+            self._log_epoch()
+        if evaluate:
+            self.evaluate()
+        if checkpoint:
+            self.checkpoint()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.evaluation.patience
+        stop = bool(patience) and self.progress.evaluations_without_gain >= patience
+        if stop:
+            logger.info("stopping early: no better dev score in the last %d evaluations", patience)
+        return stop
+
+    def _bar(self) -> tqdm[Any]:
+        # disable=None: no bar where the output is no terminal, so that log files stay readable
+        return tqdm(
+            total=self.total_steps, initial=self.progress.step, desc="training", unit="step", disable=None
+        )
+
+    def _collect(self) -> None:
+        """Read the last step's figures (the device has finished it, or nearly) and stop if they are not finite."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.check()
+            self._window.add(pending)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.log.append(line)
+        for listener in self.listeners:
+            listener(line)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with their fraction."""
+        return self.progress.step / self.steps_per_epoch
+
+    def _log_window(self, lr: float, bar: tqdm[Any]) -> None:
+        window, self._window = self._window, _Window()
+        if not window.steps:
+            return
+        losses = {task: window.sums[task] / window.counts[task] for task in window.sums}
+        self._write(
+            {
+                "kind": "step",
+                "step": self.progress.step,
+                "epoch": round(self.epoch, 6),
+                "loss": losses,
+                "total_loss": window.total / window.steps,
+                "grad_norm": window.grad_norm / window.steps,
+                "lr": lr,
+                "tokens": window.tokens,
+                "seconds": window.seconds,
+            }
+        )
+        speed = window.tokens / max(window.seconds, 1e-9)
+        bar.set_postfix({t: f"{v:.3f}" for t, v in losses.items()} | {"tok/s": f"{speed:,.0f}"})
+
+    def _log_epoch(self) -> None:
+        seconds, tokens = self.progress.seconds, self.progress.tokens
+        self._write(
+            {
+                "kind": "epoch",
+                "step": self.progress.step,
+                "epoch": round(self.epoch, 6),
+                "seconds": seconds,
+                "tokens": tokens,
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+            }
+        )
+
+    def evaluate(self) -> None:
+        """Score train and dev, log a line, and remember whether this is the best so far."""
+        progress = self.progress
+        self.model.eval()
+        result = self.evaluator.evaluate()
+        self.model.train()
+        progress.last_evaluated = progress.step
+        self._write(
+            {
+                "kind": "evaluation",
+                "step": progress.step,
+                "epoch": round(self.epoch, 6),
+                "seconds": progress.seconds,
+                "tokens": progress.tokens,
+            }
+            | result.to_json()
+        )
+        better = result.score > progress.best_score
+        if better:
+            progress.best_score, progress.best_step = result.score, progress.step
+            progress.evaluations_without_gain = 0
+        else:
+            progress.evaluations_without_gain += 1
+        parts = [f"{task} {scores.headline:.3f}" for task, scores in result.dev.items()]
+        joint = aggregates(result.dev)
+        parts += [f"{name} {joint[name]:.4f}" for name in ("overall", "mean") if joint[name] is not None]
+        logger.info(
+            "epoch %.2f, step %d, %.0f s: dev %s%s",
+            self.epoch,
+            progress.step,
+            progress.seconds,
+            "  ".join(parts),
+            "  (best)" if better else "",
+        )
+
+    def checkpoint(self) -> Path:
+        """Save everything that the rest of the run depends on; returns the checkpoint's folder."""
+        self.log.sync()
+        return self.store.save(
+            self.progress.step,
+            model=self.model.state_dict(),
+            optimizer=optimizer_tensors(self.optimizer, self.model),
+            state={
+                "progress": self.progress.to_json(),
+                "curriculum": self.curriculum.state(),
+                "fingerprint": self.fingerprint,
+            },
+            best_step=self.progress.best_step,
+        )
+
+    def resume(self) -> None:
+        """Continue from the newest usable checkpoint, or from the start when there is none yet."""
+        checkpoint = self.store.load_newest(logger.warning)
+        if checkpoint is None:
+            logger.info("there is no checkpoint yet: starting from the beginning")
+            self.log.rewind(-1)
+            return
+        before = checkpoint.state.get("fingerprint", {})
+        if before.get("data") != self.fingerprint["data"]:
+            raise CheckpointError(
+                f"{checkpoint.path}: the training data is not what the run began with (its tokens or labels"
+                " differ); put the tables back, or start a new run"
+            )
+        for difference in environment_differences(before["environment"], self.fingerprint["environment"]):
+            logger.warning("resuming, but not bit for bit: %s", difference)
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
+            self.curriculum.restore(checkpoint.state["curriculum"])
+            self.progress = Progress.from_json(checkpoint.state["progress"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+        self.log.rewind(self.progress.step)
+        logger.info("resumed from step %d of %d", self.progress.step, self.total_steps)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event; a second Ctrl-C stops at once. Handlers are put back afterwards."""
+    event = threading.Event()
+
+    def request(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        logger.info("%s: stopping after this step", signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def memory_errors(max_tokens: int) -> Iterator[None]:
+    """Turn running out of memory into a message that names the token budget."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(_out_of_memory(max_tokens, error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise UserError(_out_of_memory(max_tokens, error)) from error
+
+
+def _out_of_memory(max_tokens: int, error: BaseException) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"out of memory with a token budget of {max_tokens} tokens a pass; a lower --max_tokens takes"
+        f" more passes a step with the same result ({reason})"
+    )

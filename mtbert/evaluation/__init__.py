@@ -1,0 +1,1 @@
+"""Scores, intervals, predictions, plots and reports: knows tasks, arrays and files, and no model."""

@@ -1,0 +1,120 @@
+"""A run's metrics.jsonl: losses by step, scores by evaluation, times by epoch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtbert.errors import DataError
+
+KINDS = ("step", "evaluation", "epoch")
+Series = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True)
+class EpochTime:
+    """One epoch: its number, the step at its end, its training seconds and its useful tokens."""
+
+    epoch: float
+    step: int
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Useful tokens a second; 0 where no time was measured."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class History:
+    """The lines of metrics.jsonl by kind, each in the order of the file."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    def losses(self, task: str) -> Series:
+        """Training loss of a task: steps and values."""
+        return _series(self.steps, "loss", task)
+
+    def dev_losses(self, task: str) -> Series:
+        """Dev loss of a task: steps and values."""
+        return _series(self.evaluations, "dev_loss", task)
+
+    def scores(self, split: str, task: str, metric: str) -> Series:
+        """One metric of a task on `train` or `dev`: steps and values."""
+        return _series(self.evaluations, split, task, metric)
+
+    def column(self, name: str) -> Series:
+        """A number of the step lines (`lr`, `grad_norm`, `total_loss`): steps and values."""
+        return _series(self.steps, name)
+
+    def epoch_times(self) -> list[EpochTime]:
+        """What every epoch took: the differences of the epoch lines, which count from the run's start."""
+        times, seconds, tokens = [], 0.0, 0
+        for line in self.epochs:
+            after, read = float(line.get("seconds") or 0.0), int(line.get("tokens") or 0)
+            times.append(EpochTime(float(line["epoch"]), line["step"], after - seconds, read - tokens))
+            seconds, tokens = after, read
+        return times
+
+    def best_evaluation(self) -> dict[str, Any] | None:
+        """The evaluation with the highest selection score, the earliest of equals; None without any."""
+        scored = [line for line in self.evaluations if line.get("score") is not None]
+        return max(scored, key=lambda line: float(line["score"])) if scored else None
+
+
+def _series(lines: list[dict[str, Any]], *keys: str) -> Series:
+    steps, values = [], []
+    for line in lines:
+        value: Any = line
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            steps.append(float(line["step"]))
+            values.append(float(value))
+    return steps, values
+
+
+def read_history(path: Path) -> History:
+    """Read metrics.jsonl; a last line that is cut off (a killed run) is left out.
+
+    Raises DataError naming file and line for a missing file or any other line that does not fit.
+    """
+    history = History()
+    by_kind = dict(zip(KINDS, (history.steps, history.evaluations, history.epochs), strict=True))
+    for row in _lines(path):
+        by_kind[row["kind"]].append(row)
+    return history
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found; a run writes its losses and scores there") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    result: list[dict[str, Any]] = []
+    for number, raw in enumerate(texts, start=1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw)
+        except ValueError as error:
+            if number == len(texts):  # no line end: the writer was stopped in the middle
+                break
+            raise DataError(f"{path}: line {number} is not JSON: {raw[:80]!r}") from error
+        if not isinstance(row, dict) or row.get("kind") not in KINDS or not isinstance(row.get("step"), int):
+            if number == len(texts):  # "12" is JSON too, and may be the head of a longer line
+                break
+            expected = ", ".join(KINDS)
+            raise DataError(
+                f'{path}: line {number}: expected an object with "kind" ({expected}) and a whole "step", '
+                f"found {raw[:80]!r}"
+            )
+        result.append(row)
+    return result

@@ -1,0 +1,134 @@
+"""Curves over the steps of one run: losses, scores, learning rate, gradient norm, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mtbert.evaluation.baselines import Baselines
+from mtbert.evaluation.history import History
+from mtbert.evaluation.metrics import headline_name
+from mtbert.evaluation.plots.style import (
+    BLUE,
+    DEV,
+    GREEN,
+    GREY,
+    TRAIN,
+    Source,
+    empty,
+    legend,
+    panels,
+    smoothed,
+    tidy,
+)
+
+if TYPE_CHECKING:
+    from mtbert.tasks.registry import Task
+
+_SMOOTH_FROM = 60  # points in a curve from which a moving mean is drawn over the raw values
+
+
+def loss_curves(history: History, tasks: Mapping[str, Task], source: Source) -> Figure:
+    """Training and dev loss of every task over the steps."""
+    figure, axes = panels(len(tasks), source)
+    for panel, (name, task) in zip(axes, tasks.items(), strict=True):
+        tidy(panel, task.title, "step", loss_unit(task))
+        trend(panel, *history.losses(name), color=TRAIN, label="train")
+        steps, values = history.dev_losses(name)
+        if steps:
+            panel.plot(steps, values, color=DEV, marker="o", markersize=4, linewidth=1.6, label="dev")
+        _finish(panel, "no losses recorded")
+    return figure
+
+
+def metric_curves(
+    history: History, tasks: Mapping[str, Task], baselines: Mapping[str, Baselines], source: Source
+) -> Figure:
+    """The headline metric of every task on train and dev, with the baseline as a dashed line."""
+    figure, axes = panels(len(tasks), source)
+    for panel, (name, task) in zip(axes, tasks.items(), strict=True):
+        tidy(panel, task.title, "step", headline_name(task))
+        metric = "pearson" if task.kind == "similarity" else "accuracy"
+        for split, color, marker in (("train", TRAIN, "s"), ("dev", DEV, "o")):
+            steps, values = history.scores(split, name, metric)
+            if steps:
+                panel.plot(
+                    steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split
+                )
+        base = baselines.get(name)
+        if base is not None and panel.lines:
+            label, value = "majority class", base.majority
+            if task.kind == "similarity":
+                label, value = "mean score", base.chance
+            elif value is None:
+                label, value = "random chance", base.chance
+            panel.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
+        _finish(panel, "no evaluations recorded")
+    return figure
+
+
+def optimiser_curves(history: History, source: Source) -> Figure:
+    """Learning rate and gradient norm (before clipping) over the steps."""
+    figure, (rate, norm) = panels(2, source)
+    tidy(rate, "Learning rate", "step", "learning rate")
+    steps, values = history.column("lr")
+    if steps:
+        rate.plot(steps, values, color=BLUE, linewidth=1.6)
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _finish(rate, "no steps recorded")
+    tidy(norm, "Gradient norm", "step", "norm before clipping")
+    trend(norm, *history.column("grad_norm"), color=BLUE, label="")
+    _finish(norm, "no steps recorded")
+    return figure
+
+
+def speed_plot(history: History, source: Source) -> Figure:
+    """Seconds of every epoch and useful tokens a second."""
+    figure, (seconds, tokens) = panels(2, source)
+    times = history.epoch_times()
+    epochs = [time.epoch for time in times]
+    tidy(seconds, "Time", "epoch", "seconds per epoch")
+    tidy(tokens, "Throughput", "epoch", "useful tokens per second")
+    columns = (
+        (seconds, [time.seconds for time in times], BLUE),
+        (tokens, [time.tokens_per_second for time in times], GREEN),
+    )
+    for panel, values, color in columns:
+        if values:
+            panel.bar(epochs, values, color=color, width=0.7)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        panel.grid(False, axis="x")
+        _finish(panel, "no whole epoch yet", filled=bool(values))
+    return figure
+
+
+def trend(panel: Axes, steps: list[float], values: list[float], *, color: str, label: str) -> None:
+    """A curve; with many points the raw values are pale and their moving mean is drawn over them."""
+    if len(values) < _SMOOTH_FROM:
+        if values:
+            marker = "o" if len(values) == 1 else None
+            panel.plot(steps, values, color=color, linewidth=1.6, marker=marker, label=label)
+        return
+    panel.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
+    panel.plot(steps, smoothed(values, len(values) // 25), color=color, linewidth=1.6, label=label)
+
+
+def _finish(panel: Axes, reason: str, filled: bool | None = None) -> None:
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if filled if filled is not None else bool(panel.lines):
+        legend(panel)
+    else:
+        empty(panel, reason)
+
+
+def loss_unit(task: Task) -> str:
+    """The loss of a kind of task with its unit, for an axis."""
+    return {
+        "classification": "cross-entropy (nats)",
+        "binary": "binary cross-entropy (nats)",
+        "similarity": "squared error (scores as 0..1)",
+    }[task.kind]

@@ -1,0 +1,58 @@
+"""All figures of one run, from its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtbert.evaluation.plots.confusion import confusion_plot
+from mtbert.evaluation.plots.curves import loss_curves, metric_curves, optimiser_curves, speed_plot
+from mtbert.evaluation.plots.labels import label_histograms
+from mtbert.evaluation.plots.similarity import similarity_plot
+from mtbert.evaluation.plots.style import Source, save
+from mtbert.evaluation.predictions import predictions_from_outputs
+from mtbert.evaluation.results import Results
+from mtbert.evaluation.run import Run, run_baselines
+
+if TYPE_CHECKING:
+    from mtbert.evaluation.predictions import Predictions
+    from mtbert.tasks.registry import Task
+
+
+def write_plots(
+    run: Run, tasks: Mapping[str, Task], predictions: Mapping[str, Predictions], results: Results
+) -> dict[str, Path]:
+    """Write plots/*.png into the run's folder and return their paths by name; what has no data is left out.
+
+    `tasks` are the run's own. Names: `losses`, `metrics`, `optimiser`, `speed`, `labels`, `confusion-TASK`
+    and `similarity-TASK`.
+    """
+    source = Source(run.name, run.git)
+    history, drawn = run.history, {}
+    if history.steps or history.evaluations:
+        drawn["losses"] = loss_curves(history, tasks, source)
+    if history.evaluations:
+        drawn["metrics"] = metric_curves(history, tasks, run_baselines(run, tasks), source)
+    for name, task in tasks.items():
+        scores, entry = results.scores.get(name), predictions.get(name)
+        if scores is None or entry is None or entry.labels is None or not scores.examples:
+            continue
+        if task.kind == "similarity":
+            predicted = predictions_from_outputs(task, entry.outputs)
+            drawn[f"similarity-{name}"] = similarity_plot(
+                task, entry.labels, predicted, scores, source, results.split
+            )
+        else:
+            drawn[f"confusion-{name}"] = confusion_plot(task, scores, source, results.split)
+    histograms = {
+        name: {split: run.data(name, split).get("labels") or {} for split in ("train", "dev")}
+        for name in tasks
+    }
+    if any(any(splits.values()) for splits in histograms.values()):
+        drawn["labels"] = label_histograms(tasks, histograms, source)
+    if history.steps:
+        drawn["optimiser"] = optimiser_curves(history, source)
+    if history.epochs:
+        drawn["speed"] = speed_plot(history, source)
+    return {name: save(figure, run.folder / "plots" / f"{name}.png") for name, figure in drawn.items()}

@@ -1,0 +1,112 @@
+"""Reading a run's folder: its facts, history, configuration and predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mtbert.errors import ConfigError, DataError
+from mtbert.evaluation.baselines import Baselines, baselines_from_histograms
+from mtbert.evaluation.history import History, read_history
+from mtbert.evaluation.predictions import Predictions, predictions_path, read_outputs
+
+if TYPE_CHECKING:
+    from mtbert.tasks.registry import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds: run.json as `info`, metrics.jsonl as `history`, config.yaml as text."""
+
+    folder: Path
+    info: dict[str, Any]
+    history: History
+    config_text: str
+
+    @property
+    def name(self) -> str:
+        """The run's name, by default its folder's."""
+        return str(self.info.get("name") or self.folder.name)
+
+    @property
+    def git(self) -> str:
+        """The commit that the run was made with, `-dirty` when files differed from it."""
+        return str(self.info.get("git") or "unknown commit")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that the run trained."""
+        return [str(name) for name in self.info.get("tasks", [])]
+
+    def config(self) -> dict[str, Any]:
+        """config.yaml as nested dictionaries."""
+        try:
+            values = yaml.safe_load(self.config_text)
+        except yaml.YAMLError as error:
+            raise DataError(f"{self.folder / 'config.yaml'}: is not YAML: {error}") from error
+        return values if isinstance(values, dict) else {}
+
+    def data(self, task: str, split: str) -> dict[str, Any]:
+        """What run.json says of one table; empty where it says nothing."""
+        return dict((self.info.get("data") or {}).get(task, {}).get(split) or {})
+
+    def has_predictions(self, task: str, split: str = "dev") -> bool:
+        """Whether the folder has predictions of a task on a split."""
+        return predictions_path(self.folder, task, split).is_file()
+
+    def predictions(self, task: Task, split: str = "dev") -> Predictions:
+        """The predictions of one task; a DataError where they are missing or damaged."""
+        return read_outputs(predictions_path(self.folder, task.name, split), task, split)
+
+    def all_predictions(self, tasks: Mapping[str, Task], split: str = "dev") -> dict[str, Predictions]:
+        """The predictions of every task that has them."""
+        names = [name for name in self.tasks if self.has_predictions(name, split)]
+        return {name: self.predictions(tasks[name], split) for name in names}
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder; a ConfigError when it is none, a DataError when a file of it is damaged."""
+    facts = folder / "run.json"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder")
+    if not facts.is_file():
+        raise ConfigError(f"{folder}: is not a run's folder: run.json is missing")
+    try:
+        info = json.loads(facts.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{facts}: cannot be read: {error}") from error
+    if not isinstance(info, dict):
+        raise DataError(f"{facts}: expected a JSON object, found {type(info).__name__}")
+    config = folder / "config.yaml"
+    metrics = folder / "metrics.jsonl"
+    return Run(
+        folder=folder,
+        info=info,
+        history=read_history(metrics) if metrics.exists() else History(),
+        config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def check_tasks(run: Run, tasks: Mapping[str, Task]) -> None:
+    """Raise ConfigError when the run trained a task that is not registered here."""
+    unknown = [name for name in run.tasks if name not in tasks]
+    if unknown:
+        raise ConfigError(
+            f"{run.folder}: trained the task(s) {', '.join(unknown)}, which nothing here registers "
+            f"(known: {', '.join(tasks)})"
+        )
+
+
+def run_baselines(run: Run, tasks: Mapping[str, Task]) -> dict[str, Baselines]:
+    """The baselines of every task, from the label histograms in run.json."""
+    return {
+        name: baselines_from_histograms(
+            task, run.data(name, "train").get("labels"), run.data(name, "dev").get("labels")
+        )
+        for name, task in tasks.items()
+    }

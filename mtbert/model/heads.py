@@ -1,0 +1,258 @@
+"""Task heads: from the pooled rows of one task to its outputs.
+
+    row [C] -> towers -> pair feature -> hidden layers -> output layer
+
+A layer is dropout, a linear map and (except the last) the activation. A single sentence, or a pair read as
+one row by a cross-encoder, has no pair feature: towers and hidden layers follow each other. Heads compute
+in the dtype of their parameters, whatever the encoder computes in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtbert import kernels
+from mtbert.errors import ConfigError
+from mtbert.model.bert import initialise
+from mtbert.model.dropout import DropoutStream, check_probability, head_site
+
+Pooling = Literal["cls", "pooler", "mean"]
+PairFeature = Literal["concat", "difference", "product", "dot", "cosine"]
+
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+PAIR_FEATURES: tuple[str, ...] = get_args(PairFeature)
+CROSS_ENCODER = "cross-encoder"
+MAX_LAYERS = 4
+
+ACTIVATIONS = (
+    *(
+        "celu",
+        "elu",
+        "gelu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "logsigmoid",
+    ),
+    *(
+        "mish",
+        "relu",
+        "relu6",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "softshrink",
+        "softsign",
+        "tanh",
+        "tanhshrink",
+    ),
+)
+"""The element-wise activations of torch.nn.functional that need no parameter and no random numbers."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The shape of a task's head."""
+
+    pooling: Pooling = "cls"
+    """A row's features: the first token's last hidden state (cls), BERT's pooler of it (pooler), or the
+    mean of all the row's tokens, [CLS] and [SEP] included as in sentence-transformers (mean)."""
+    tower_layers: int = 0
+    """Layers, 0 to 4, on each row before the pair feature; the two texts of a pair share them."""
+    hidden_layers: int = 0
+    """Layers, 0 to 4, after the pair feature."""
+    hidden_size: int | None = None
+    """Width of the towers and hidden layers; by default the encoder's."""
+    activation: str = "gelu"
+    """An element-wise activation of torch, as its function or its module is called (leaky_relu, GELU), or
+    none."""
+    dropout: float = 0.1
+    """Dropout before every linear layer of the head."""
+    pair: Literal["cross-encoder"] | list[PairFeature] = "cross-encoder"
+    """How a pair is read: as one row (cross-encoder), or as two rows u and v that are joined by one or more
+    features: concat (u, v), difference |u - v|, product u * v, dot u . v, cosine."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ConfigError(
+                f"head.pooling: unknown pooling {self.pooling!r}; possible: {', '.join(POOLINGS)}"
+            )
+        for name in ("tower_layers", "hidden_layers"):
+            if not 0 <= getattr(self, name) <= MAX_LAYERS:
+                raise ConfigError(f"head.{name}: expected 0 to {MAX_LAYERS}, found {getattr(self, name)}")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            raise ConfigError(f"head.hidden_size: expected at least 1, found {self.hidden_size}")
+        check_probability("head.dropout", self.dropout)
+        activation(self.activation)
+        if self.pair != CROSS_ENCODER:
+            _check_pair_features(self.pair)
+
+
+def _check_pair_features(features: str | Iterable[str]) -> None:
+    possible = f"{CROSS_ENCODER}, or a list of {', '.join(PAIR_FEATURES)}"
+    if isinstance(features, str):
+        raise ConfigError(f"head.pair: expected {possible}, found {features!r}")
+    names = list(features)
+    for name in names:
+        if name not in PAIR_FEATURES:
+            raise ConfigError(f"head.pair: unknown feature {name!r}; possible: {possible}")
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"head.pair: expected different features, at least one, found {names}")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a task needs of its head."""
+
+    name: str
+    """The task."""
+    outputs: int
+    """Numbers an example: one logit a class, one logit for a binary task, one score for a similarity."""
+    pair: bool
+    """Whether an example is two texts."""
+    score_range: tuple[float, float] | None = None
+    """Lowest and highest label of a similarity task, else None."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of that name; ConfigError, with the nearest known name, when there is none."""
+    if name == "none":
+        return _identity
+    known = {entry.replace("_", ""): entry for entry in ACTIVATIONS}
+    key = name.lower().replace("_", "")
+    if key not in known:
+        close = difflib.get_close_matches(key, [*known, "none"], n=1)
+        hint = f"; did you mean {known.get(close[0], close[0])!r}?" if close else ";"
+        raise ConfigError(
+            f"head.activation: unknown activation {name!r}{hint} possible: none, {', '.join(ACTIVATIONS)}"
+        )
+    function: Callable[[Tensor], Tensor] = getattr(F, known[key])
+    return function
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class Head(nn.Module):
+    """One task's head. `index` is its number in the model: it tells the heads' dropout masks apart.
+
+    Output layer: linear, drawn as BERT draws its weights. Two cases differ, because one number is already
+    the answer:
+    - `cosine` alone on a similarity has no output layer: the score is low + (high - low) * cosine;
+    - `cosine` or `dot` alone otherwise: a learned gain and offset, that start where a cosine (a dot product
+      divided by
+      the width) of 0.5 is the decision boundary of a binary task, and where it is the scaled score of a
+      similarity.
+    """
+
+    def __init__(
+        self,
+        spec: HeadSpec,
+        config: HeadConfig,
+        width: int,
+        *,
+        index: int = 0,
+        generator: torch.Generator | None = None,
+        deviation: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.spec, self.config, self.index = spec, config, index
+        self.activation = activation(config.activation)
+        self.features: tuple[str, ...] = ()
+        if spec.pair and config.pair != CROSS_ENCODER:
+            self.features = tuple(config.pair)
+        inner = config.hidden_size or width
+        self.towers = nn.ModuleList()
+        for _ in range(config.tower_layers):
+            self.towers.append(nn.Linear(width, inner))
+            width = inner
+        joined = self._joined_width(width)
+        scalar = len(self.features) == 1 and joined == 1
+        if scalar and config.hidden_layers:
+            raise ConfigError(
+                f"{spec.name}.head.hidden_layers: nothing can follow the one number of pair "
+                f"{list(self.features)}; use tower_layers"
+            )
+        self.hidden = nn.ModuleList()
+        for _ in range(config.hidden_layers):
+            self.hidden.append(nn.Linear(joined, inner))
+            joined = inner
+        self.output: nn.Linear | None = None
+        if not (self.features == ("cosine",) and spec.score_range is not None):
+            self.output = nn.Linear(joined, spec.outputs)
+        for parameter in self.parameters():
+            initialise(parameter, False, deviation, generator)
+        if scalar and self.output is not None and spec.outputs == 1:
+            unit = 1.0 if self.features == ("cosine",) else 1.0 / width
+            gain, offset = (unit, 0.0) if spec.score_range is not None else (10.0 * unit, -5.0)
+            nn.init.constant_(self.output.weight, gain)
+            nn.init.constant_(self.output.bias, offset)
+
+    @property
+    def rows_per_example(self) -> int:
+        """2 when the head joins the two rows of a pair, else 1."""
+        return 2 if self.features else 1
+
+    def forward(
+        self, rows: Tensor, dropout_row: Tensor | None = None, dropout: DropoutStream | None = None
+    ) -> Tensor:
+        """Pooled rows [n * rows_per_example, C] -> [n, outputs]: logits, or scores in label units.
+
+        The two rows of a pair stand next to each other. dropout_row: int32, one a row, that of its first
+        token; needed with `dropout`.
+        """
+        # A head without parameters (cosine alone) computes in the dtype of its rows.
+        x = rows.to(next((parameter.dtype for parameter in self.parameters()), rows.dtype))
+        depth = 0
+        for layer in self.towers:
+            x = self.activation(layer(self._drop(x, dropout_row, dropout, depth)))
+            depth += 1
+        if self.features:
+            x = self._join(x)
+            if dropout_row is not None:
+                dropout_row = dropout_row[::2].contiguous()  # the first text's row
+        for layer in self.hidden:
+            x = self.activation(layer(self._drop(x, dropout_row, dropout, depth)))
+            depth += 1
+        if self.output is not None:
+            x = self.output(self._drop(x, dropout_row, dropout, depth))
+        if self.spec.score_range is not None:
+            low, high = self.spec.score_range
+            x = low + (high - low) * x
+        return x
+
+    def _drop(
+        self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int
+    ) -> Tensor:
+        mask = dropout.at(self.config.dropout, head_site(self.index, depth)) if dropout else None
+        if mask is None:
+            return x
+        if dropout_row is None:
+            raise ValueError("dropout in a head needs dropout_row")
+        return kernels.dropout(x, dropout_row, mask)
+
+    def _join(self, x: Tensor) -> Tensor:
+        u, v = x.unflatten(0, (-1, 2)).unbind(1)
+        join: dict[str, Callable[[], Tensor]] = {
+            "concat": lambda: torch.cat((u, v), dim=-1),
+            "difference": lambda: (u - v).abs(),
+            "product": lambda: u * v,
+            "dot": lambda: (u * v).sum(-1, keepdim=True),
+            "cosine": lambda: F.cosine_similarity(u, v, dim=-1).unsqueeze(-1),
+        }
+        return torch.cat([join[feature]() for feature in self.features], dim=-1)
+
+    def _joined_width(self, width: int) -> int:
+        widths = {"concat": 2 * width, "difference": width, "product": width, "dot": 1, "cosine": 1}
+        return sum(widths[feature] for feature in self.features) if self.features else width

@@ -1,0 +1,142 @@
+"""LoRA (Hu et al. 2021): a frozen weight W gets a trained low-rank update, W + (alpha / rank) B A.
+
+`add_lora` freezes the encoder and puts adapters on the chosen projections of the chosen layers; `merge`
+folds them into the weights and `unmerge` takes them out again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mtbert.errors import ConfigError
+from mtbert.model.dropout import check_probability
+
+if TYPE_CHECKING:
+    from mtbert.model.bert import BertEncoder
+
+ProjectionName = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
+LayerGroup = Literal["all", "first4", "mid4", "last4"]
+
+PROJECTIONS: tuple[str, ...] = get_args(ProjectionName)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which weights get an adapter, and what kind."""
+
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    projections: list[ProjectionName] = field(default_factory=lambda: ["query", "value"])
+    """Any of query, key, value, attention_output, intermediate, output."""
+    layers: LayerGroup | list[int] = "all"
+    """all, first4, last4, mid4 (the four in the middle: layers 1 to 4 of six, 4 to 7 of twelve) or a list of
+    layer numbers from 0."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank: expected at least 1, found {self.rank}")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"lora.alpha: expected a number above 0, found {self.alpha}")
+        check_probability("lora.dropout", self.dropout)
+        possible = ", ".join(PROJECTIONS)
+        if not self.projections:
+            raise ConfigError(f"lora.projections: the list is empty; possible: {possible}")
+        for name in self.projections:
+            if name not in PROJECTIONS:
+                raise ConfigError(f"lora.projections: unknown projection {name!r}; possible: {possible}")
+        if len(set(self.projections)) != len(self.projections):
+            raise ConfigError(f"lora.projections: a projection is named twice in {self.projections}")
+
+    def layer_numbers(self, count: int) -> list[int]:
+        """The numbers of the adapted layers, ascending, for an encoder of `count` layers."""
+        if isinstance(self.layers, str):
+            starts = {"first4": 0, "mid4": (count - 4) // 2, "last4": count - 4}
+            if self.layers == "all":
+                return list(range(count))
+            if self.layers not in starts:
+                possible = f"all, {', '.join(starts)} or a list of numbers from 0 to {count - 1}"
+                raise ConfigError(f"lora.layers: unknown group {self.layers!r}; possible: {possible}")
+            if count < 4:
+                raise ConfigError(f"lora.layers: {self.layers} needs four layers, the encoder has {count}")
+            return list(range(starts[self.layers], starts[self.layers] + 4))
+        for number in self.layers:
+            if not 0 <= number < count:
+                raise ConfigError(f"lora.layers: no layer {number}; the encoder has layers 0 to {count - 1}")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"lora.layers: expected different layers, at least one, found {self.layers}")
+        return sorted(self.layers)
+
+
+class LoraAdapter(nn.Module):
+    """The update (alpha / rank) B A of one weight: `lora_a` [rank, inputs], `lora_b` [outputs, rank]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: LoraConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.merged = False
+        # B is zero, so that training starts at the pretrained model; A as the paper's code draws it.
+        self.lora_a = nn.Parameter(torch.empty(config.rank, inputs))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
+
+    def delta(self) -> Tensor:
+        """The update of the weight, [outputs, inputs]."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+
+def add_lora(encoder: BertEncoder, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+    """Freeze `encoder` and put adapters on it. `generator` (on the CPU) draws the A matrices.
+
+    The encoder computes the same as before until the adapters are trained.
+    """
+    if encoder.has_lora:
+        raise ValueError("the encoder has LoRA adapters already")
+    numbers = config.layer_numbers(len(encoder.layers))
+    encoder.requires_grad_(False)
+    for number in numbers:
+        for name in PROJECTIONS:
+            if name in config.projections:
+                encoder.layers[number].add_adapter(name, config, generator)
+
+
+def merge(encoder: BertEncoder) -> None:
+    """Fold the adapters into the weights, for prediction at the speed of the plain model.
+
+    While merged, the encoder refuses `state_dict`: its weights are not the frozen ones.
+    """
+    _fold(encoder, merged=True)
+
+
+def unmerge(encoder: BertEncoder) -> None:
+    """Undo `merge`: the weights are the frozen ones again, up to rounding in their dtype."""
+    _fold(encoder, merged=False)
+
+
+def adapted_weights(encoder: BertEncoder) -> Iterator[tuple[Tensor, LoraAdapter]]:
+    """Every adapter with the weight that it updates (for query, key, value their part of the fused
+    weight)."""
+    for layer in encoder.layers:
+        yield from layer.adapted_weights()
+
+
+@torch.no_grad()
+def _fold(encoder: BertEncoder, *, merged: bool) -> None:
+    if not encoder.has_lora:
+        raise ValueError("the encoder has no LoRA adapters")
+    for weight, adapter in adapted_weights(encoder):
+        if adapter.merged != merged:
+            weight.add_(adapter.delta(), alpha=1 if merged else -1)
+            adapter.merged = merged

@@ -1,0 +1,43 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mtbert.errors import ConfigError
+
+
+@dataclass
+class ScheduleConfig:
+    """Warm-up, then the shape of the decay."""
+
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: linearly to 0, as a half cosine to 0, or not at all."""
+    warmup: float = 0.1
+    """Linear warm-up: a share of all steps below 1, a number of steps from 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < float("inf"):
+            raise ConfigError(f"schedule.warmup: expected at least 0, found {self.warmup}")
+
+
+def factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """The share of the peak learning rate at `step` (0-based) of `total_steps`."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.shape == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
+    return 1.0 - progress if config.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
+    """Give every group `share` of its own peak; returns the largest, for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+    return max(float(group["lr"]) for group in optimizer.param_groups)

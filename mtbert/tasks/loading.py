@@ -1,0 +1,38 @@
+"""Where the tables come from: the built-in sample, the hub, or a folder in the CS224N layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtbert.data.hub import read_hub
+from mtbert.data.sample import synthetic_tables
+from mtbert.data.tables import Table, read_folder
+from mtbert.errors import DataError
+from mtbert.tasks.registry import Task
+
+SAMPLE = "sample"
+HUB = "hub"
+
+
+def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table]]:
+    """Tables by task and split.
+
+    `source` is `sample` (synthetic sentences that the project generates), `hub` (SST-5, QQP and STS-B
+    through `datasets`) or a folder. Every task needs a labelled `train` and `dev` split; `test` is optional.
+    """
+    tables: dict[str, dict[str, Table]] = {}
+    for task in tasks:
+        if source == SAMPLE:
+            splits = synthetic_tables(task.name)
+        elif source == HUB:
+            splits = read_hub(task.name, task.layout)
+        else:
+            splits = read_folder(Path(source), task.name, task.layout, task.files)
+        for split in ("train", "dev"):
+            if split not in splits:
+                raise DataError(f"{source}: task {task.name} has no {split} table (--tasks chooses the tasks)")
+            if splits[split].labels is None:
+                raise DataError(f"{splits[split].path}: the {split} table of task {task.name} has no labels")
+        tables[task.name] = splits
+    return tables
