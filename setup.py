@@ -38,6 +38,7 @@ WITHOUT_CUDA = "Everything works; a GPU is served by the Triton kernels and plai
 
 NAMES = {"extension": "compiled extension (mtbert._C)", "cuda": "CUDA kernels"}
 FLAG_VARIABLES = ("CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
+NINJA_PROGRESS = re.compile(r"\[\d+/\d+\]|FAILED:|ninja: ")
 PTXAS_INFO = re.compile(r"ptxas info|\s+\d+ bytes (stack frame|spill)")
 
 
@@ -103,6 +104,8 @@ def cuda_targets() -> list[str]:
     for name in names:
         if not re.fullmatch(r"\d{2,3}[af]?", name):
             raise BuildError(f"MTBERT_CUDA_ARCHS is {listed!r}: {name!r} is no architecture (80, 90a, ...)")
+    if not names:
+        raise BuildError(f"MTBERT_CUDA_ARCHS is {listed!r}: it names no architecture (80, 90a, ...)")
     newest = max(int(name.rstrip("af")) for name in names)
     return [*(f"sm_{name}" for name in names), f"compute_{newest}"]
 
@@ -127,11 +130,13 @@ def run(command: list[str], log: Path) -> str:
     lines = [line for line in process.stdout.splitlines() if line.strip()]
     print("\n".join(line for line in lines if not PTXAS_INFO.match(line)), flush=True)
     if process.returncode != 0:
+        lines = [line for line in lines if not NINJA_PROGRESS.match(line)]
         telling = (
             number for number, line in enumerate(lines) if re.search(r"error|fatal", line, re.IGNORECASE)
         )
-        first = next(telling, max(len(lines) - 12, 0))
-        raise BuildError(f"{Path(command[0]).name} failed:\n" + "\n".join(lines[first : first + 12]))
+        first = next(telling, max(len(lines) - 4, 0))
+        told = "\n".join(lines[first : first + 4])
+        raise BuildError(f"{Path(command[0]).name} failed ({log} has all of it):\n{told}")
     return process.stdout
 
 
@@ -174,7 +179,7 @@ class BuildWithCMake(build_ext):
         except (BuildError, ImportError, OSError) as error:
             if REQUIRED:
                 raise SystemExit(f"MTBERT_BUILD=required: mtbert._C could not be built: {error}") from error
-            record["problems"].append({"missing": "extension", "why": str(error), "then": WITHOUT_EXTENSION})
+            record["problems"] = [{"missing": "extension", "why": str(error), "then": WITHOUT_EXTENSION}]
             # An extension of older sources must not pass for this one.
             target.unlink(missing_ok=True)
         record["seconds"] = round(time.monotonic() - started, 1)
@@ -223,10 +228,9 @@ class BuildWithCMake(build_ext):
             wanted = json.dumps(configuration, indent=1)
             if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
                 shutil.rmtree(folder)
-                folder.mkdir()
-            # Build isolation puts pybind11 into a new temporary folder every time; a copy stays where it is.
-            shutil.copytree(pybind11.get_include(), folder / "include", dirs_exist_ok=True)
-            stamp.write_text(wanted, encoding="utf-8")
+                # Build isolation puts pybind11 into a new temporary folder every time; a copy stays put.
+                shutil.copytree(pybind11.get_include(), folder / "include")
+                stamp.write_text(wanted, encoding="utf-8")
             log = folder / "build.log"
             log.unlink(missing_ok=True)
             run(self.configure_command(folder, cxx, nvcc, targets), log)

@@ -137,6 +137,8 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     values = parse_or_explain(parser, arguments)
     try:
         built = parser.instantiate(values) if hasattr(parser, "instantiate") else parser.instantiate_classes(values)
+    except ConfigError as error:
+        raise ConfigError(_with_task(str(error), values)) from error
     except UserError:
         raise
     except Exception as error:
@@ -162,7 +164,18 @@ def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise _config_error(error, parser) from error
 
 
+def _with_task(message: str, values: Namespace) -> str:
+    """The message with the task's name before the field, where the value that it complains of is a task's."""
+    field = message.split(":")[0]
+    for name in TASKS:
+        value = values.get(f"{name}.{field}")
+        if value is not None and (f"found {value}" in message or repr(value) in message):
+            return f"{name}.{message}"
+    return message
+
+
 def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
+    """jsonargparse's error in the words of this project: the option, what was expected, what was found."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -170,17 +183,35 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
         cause = cause.__cause__ or cause.__context__
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
     options = sorted({o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")})
-    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", text)
-    if unknown:
-        name = unknown.group(1).split()[0].split("=")[0].lstrip("-")
-        return ConfigError(f"unknown option --{name}.{_suggest(name, options)}")
-    in_group = re.search(r"Group '([^']*)' does not accept (?:option|nested key) '([^']*)'", text) or re.search(
-        r"[Kk]ey ()[\"']([\w.\-]+)[\"'] is not expected", text
-    )
-    if in_group:
-        name = f"{in_group.group(1)}.{in_group.group(2)}".strip(".")
-        return ConfigError(f"unknown key {name}.{_suggest(name, options)}")
-    return ConfigError(text)
+    for pattern in _UNKNOWN:
+        match = re.search(pattern, text)
+        if match:
+            name = ".".join(part for part in match.groups() if part).split("=")[0].lstrip("-")
+            return ConfigError(f"unknown option {name}.{_suggest(name, options)}")
+    match = re.search(r'Parser key "([\w.]+)": (.*)', text)
+    if match is None:
+        return ConfigError(text)
+    name, problem = match.groups()
+    expected = list(dict.fromkeys(re.findall(r"Expected an? (.*?)(?= - Expected|\. Got value| Given value|$)", problem)))
+    found = re.search(r"Given value: (.*)$", problem) or re.search(r"Got value: (.*)$", problem)
+    if not expected or not found:
+        return ConfigError(f"{name}: {problem}")
+    wanted = " or ".join(_plain_type(kind) for kind in expected)
+    return ConfigError(f"{name}: expected {wanted}, found {found.group(1)}")
+
+
+_UNKNOWN = (
+    r"[Uu]nrecognized arguments: (\S+)",
+    r"Group '([^']*)' does not accept (?:option|nested key) '([^']*)'",
+    r"Option '([^']*)' is not accepted",
+)
+
+
+def _plain_type(text: str) -> str:
+    """`typing.Literal['a', 'b']` as `a, b`, `<class 'int'>` as `int`."""
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda m: m.group(1).replace("'", ""), text)
+    return re.sub(r"^list\[(.*)\]$", r"a list of \1", text)
 
 
 def _suggest(name: str, options: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """`python -m mtbert.doctor`: what this installation consists of, what serves each operation, and is it right.
 
-Prints a table, or JSON with `--json`. Exit code 1 when something is broken: a required package is missing or too
-old, the extension is there but cannot be imported, a kernel disagrees with the reference, or the bundled model
-is damaged. What is merely missing is a warning or a note, and the exit code stays 0.
+Prints a table, or JSON with `--json`. Exit code 1 when something is broken: a required package is missing or
+too old, the extension is there but cannot be imported, a kernel disagrees with the reference, or the bundled
+model is damaged. What is merely missing is a warning or a note, and the exit code stays 0.
 """
 
 from __future__ import annotations
@@ -318,5 +318,16 @@ def main() -> int:
     return 1 if broken else 0
 
 
+def _exit_code() -> int:
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away (`| head`): Python's own flush at exit must not complain again.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_exit_code())

@@ -41,8 +41,9 @@ def extension_file(package: Path) -> Path | None:
 def build_record(package: Path) -> dict[str, Any] | None:
     """What `setup.py` noted of the build for this Python, or None when there is no readable record.
 
-    Keys: version, python, platform, sources, seconds, extension (None, or a dict of file, compiler, nvcc,
-    architectures, kernels (how many), spilling (which)) and problems (a list of dicts of missing ("extension" or "cuda"), why, then).
+    Keys: version, python, platform, sources, seconds; extension: None, or a dict of file, compiler, nvcc,
+    architectures, kernels (how many were compiled for the GPU) and spilling (those that spill registers);
+    problems: a list of dicts of missing ("extension" or "cuda"), why, then.
     """
     try:
         record = json.loads((package / RECORD_NAME).read_text(encoding="utf-8"))[extension_suffix()]

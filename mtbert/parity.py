@@ -1,7 +1,7 @@
 """Is each kernel right on this machine? Small runs, forward and backward, against the reference.
 
-The rule is that of the tests: an error against float64 with the same dropout mask of at most twice the error of
-plain PyTorch in the same type, plus one rounding of the largest value.
+The rule is that of the tests: an error against float64 with the same dropout mask of at most twice the error
+of plain PyTorch in the same type, plus one rounding of the largest value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Call = Callable[[ModuleType, dict[str, Tensor], torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One operation and its inputs in float32; activations are cast to the type under test, parameters not."""
+    """One operation and its inputs in float32; activations are cast to the type under test."""
 
     operation: str
     activations: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an implementation is from the truth; `worst`: the largest error as a share of the allowed one."""
+    """How far an implementation is from the truth; `worst`: the largest error, as a share of the allowed."""
 
     operation: str
     implementation: str

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
-    parser.add_argument("--output", type=Path, help="folder of the prediction files (default: RUN/predictions)")
+    parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in the run)")
     options = parser.parse_args(arguments)
     if options.task is None and (options.text or options.file):
@@ -58,9 +58,9 @@ def main(arguments: list[str]) -> None:
         loaded = load_run(run, config, device=options.device)
         with memory_errors(config.max_tokens):
             if options.task is None:
-                folder = options.output or run.predictions
+                folder = options.output or run.path
                 predict_tables(loaded, folder)
-                print(f"predictions: {folder}")
+                print(f"predictions: {folder / 'predictions'}")
                 return
             task = loaded.tasks[options.task]
             table = table_of_texts(task, options.text, options.file)
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 
 def predict_tables(loaded: LoadedRun, folder: Path) -> None:
-    """Write the prediction files of the dev and test tables of every task into `folder`."""
+    """Write the prediction files of the dev and test tables of every task under `folder`/predictions."""
     config = loaded.config
     data = prepare_data(config, load_tables(config.data, list(loaded.tasks.values())), loaded.tokeniser)
     predict_all(

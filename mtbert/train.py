@@ -26,7 +26,7 @@ from mtbert.engine.build import (
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.environment import environment
 from mtbert.engine.evaluator import Evaluator
-from mtbert.engine.finish import dev_examples, load_best_weights, predict_all, score_predictions
+from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.record import describe_run
 from mtbert.engine.run_folder import RunFolder
@@ -35,8 +35,9 @@ from mtbert.engine.step import TrainStep
 from mtbert.engine.tensorboard import tensorboard_listeners
 from mtbert.engine.trainer import Trainer, memory_errors
 from mtbert.errors import ConfigError
-from mtbert.evaluation.report import write_report
+from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table
+from mtbert.evaluation.run import read_run
 from mtbert.evaluation.seeds import write_seeds
 from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.multitask import MultiTaskModel
@@ -147,10 +148,10 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
 
         load_best_weights(model, run.checkpoints)
         predictions = predict_all(
-            forward, tasks, data, max_tokens=config.max_tokens, folder=run.predictions, mode=config.mode
+            forward, tasks, data, max_tokens=config.max_tokens, folder=run.path, mode=config.mode
         )
         write_report(run.path, tasks, dev_examples(data))
-    print(f"\n{results_table(score_predictions(tasks, data, predictions))}")
+    print(f"\n{results_table(run_results(read_run(run.path), tasks, predictions))}")
     if config.data == SAMPLE:
         print("\nThe sample is synthetic: these scores say that training works, not how good the model is.")
     print(f"\nrun: {run.path}\nreport: {run.report_path}")

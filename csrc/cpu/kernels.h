@@ -34,8 +34,7 @@ struct AttentionArguments {
     std::int64_t tokens;
     std::int64_t sequences;
     std::int64_t heads;
-    std::int64_t head_dim;   // a multiple of 16
-    std::int64_t max_length;  // of the sequences at hand
+    std::int64_t head_dim;  // a multiple of 16
     float scale;
     DType dtype;
     Mask mask;

@@ -5,7 +5,10 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds it in its own immintrin.h
+#endif
+#if defined(__x86_64__)
 #include <immintrin.h>
 #define MTBERT_SSE2 1
 #endif

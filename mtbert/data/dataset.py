@@ -24,11 +24,11 @@ class TaskData:
       * "pair-rows": two rows, `[CLS] a [SEP]` and `[CLS] b [SEP]`
       * "cross":     one row, `[CLS] a [SEP] b [SEP]` with token types 0 and 1
 
-    A row has at most `max_length` tokens, special tokens included. `truncate` says which tokens of a
-    longer text are kept: the "head", the "tail", or "both" in equal parts (the longer half from the head), as
-    Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?", found best for reviews. A "cross" row
-    is shortened by taking tokens from the longer text, from the second one when they are equally long.
-    `n_truncated` counts the shortened examples.
+    A row has at most `max_length` tokens, special tokens included. `truncate` says which tokens of a longer
+    text are kept: the "head", the "tail", or "both" in equal parts (the longer half from the head), as Sun et
+    al. 2019, "How to Fine-Tune BERT for Text Classification?", found best for reviews. A "cross" row is
+    shortened by taking tokens from the longer text ("longest first", with the same result as in
+    `tokenizers`). `n_truncated` counts the shortened examples.
 
     Attributes: `labels` (int64 or float64 [n], or None), `ids` (n strings), `lengths` int64 [n]: the
     tokens of an example over all of its rows.
@@ -120,11 +120,10 @@ class TaskData:
 def _shorten_pair(sizes: np.ndarray, budget: int) -> np.ndarray:
     """Sizes [n, 2] after taking tokens from the longer text until both fit into `budget`."""
     first, second = sizes[:, 0], sizes[:, 1]
-    second_if_shorter = np.minimum(second, budget // 2)
-    first_if_shorter = np.minimum(first, budget - budget // 2)
+    half = budget // 2
     short = np.where(
         (first <= second)[:, None],
-        np.stack([first_if_shorter, budget - first_if_shorter], axis=1),
-        np.stack([budget - second_if_shorter, second_if_shorter], axis=1),
+        np.stack([np.minimum(first, half), budget - np.minimum(first, half)], axis=1),
+        np.stack([budget - np.minimum(second, half), np.minimum(second, half)], axis=1),
     )
     return np.where((first + second > budget)[:, None], short, sizes)

@@ -373,7 +373,7 @@ def _check_size(path: Path, wanted: FileRecord) -> None:
 
 
 def _looks_whole(path: Path, step: int) -> bool:
-    """Whether nothing speaks against it: all files are there in their sizes. A quick look that reads COMPLETE only.
+    """Whether all files seem to be there in their sizes: a quick look that reads COMPLETE only.
 
     What cannot be judged (a read error, a newer format) is not called damaged: damaged ones are deleted.
     """

@@ -13,9 +13,7 @@ from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer
 from mtbert.errors import CheckpointError
-from mtbert.evaluation.baselines import baselines
-from mtbert.evaluation.predictions import Predictions, write_prediction_files
-from mtbert.evaluation.results import Results, results
+from mtbert.evaluation.predictions import SINGLE_TASK_COURSE_TASKS, Predictions, write_prediction_files
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.tasks.registry import Task
 
@@ -51,9 +49,11 @@ def predict_all(
     folder: Path,
     mode: str,
 ) -> dict[str, Predictions]:
-    """Predict dev and test of every task and write the prediction files; returns dev's."""
+    """Predict dev and test of every task and write the files under `folder`/predictions; returns dev's."""
     dev: dict[str, Predictions] = {}
-    course_mode = {"full": "full-model", "last-linear-layer": "last-linear-layer"}.get(mode)
+    # The course's second objective is a sentiment task by itself; its files are named after the mode.
+    alone = set(tasks) <= set(SINGLE_TASK_COURSE_TASKS)
+    course_mode = {"full": "full-model", "last-linear-layer": mode}.get(mode) if alone else None
     for name, task in tasks.items():
         for split in ("dev", "test"):
             if split in data[name]:
@@ -62,22 +62,6 @@ def predict_all(
                 if split == "dev":
                     dev[name] = predictions
     return dev
-
-
-def score_predictions(
-    tasks: Mapping[str, Task],
-    data: Mapping[str, Mapping[str, TaskData]],
-    predictions: Mapping[str, Predictions],
-) -> Results:
-    """The table of results, against the baselines that the labels give."""
-    return results(
-        tasks,
-        predictions,
-        baselines={
-            name: baselines(task, data[name]["train"].labels, data[name]["dev"].labels)
-            for name, task in tasks.items()
-        },
-    )
 
 
 def dev_examples(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """The folder of an existing run, for reading; `lock` it to go on with the run. Raises UserError."""
         folder = cls(Path(path))
-        if not folder.path.exists():
+        if not os.path.exists(folder.path):
             raise UserError(f"there is no run's folder {folder.path}{_suggestion(folder.path)}")
         if not folder.path.is_dir():
             raise UserError(f"{folder.path} is a file, not a run's folder")
@@ -128,7 +129,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=exist_ok)
         except OSError as error:
-            if self.path.is_file():
+            if os.path.isfile(self.path):
                 raise UserError(f"{self.path} is a file; --output must name a folder") from error
             if isinstance(error, FileExistsError) and not exist_ok:
                 raise
@@ -136,7 +137,7 @@ class RunFolder:
             raise UserError(f"the run's folder {self.path} cannot be made: {reason}") from error
 
     def _refuse_a_run(self) -> None:
-        # Not log.txt: it is all that a run leaves which fails for its data, and its second try may use the folder.
+        # Not log.txt: a run that fails for its data leaves no more than that, and may be tried again here.
         files = (self.config_path, self.metrics_path, self.record_path, self.report_path)
         folders = (self.checkpoints, self.predictions, self.plots)
         found = next((path for path in (*files, *folders) if path.exists()), None)

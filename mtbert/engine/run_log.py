@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 from mtbert.errors import UserError
 
-_SHOWN = ("mtbert", "py.warnings")
+_warnings_log = logging.getLogger("mtbert.warnings")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -38,12 +40,30 @@ class _ShortFormatter(logging.Formatter):
         return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
 
 
-class _LogFileHandler(logging.FileHandler):
-    """log.txt. When it can't be written (a full disk) it says so once and gives up: no run ends for that."""
+class _FileHandler(logging.Handler):
+    """log.txt. Lines that can't be written (a full disk) are left out, and that is said once.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.setLevel(logging.CRITICAL + 1)
-        sys.stderr.write(f"warning: {self.baseFilename} cannot be written any more: {sys.exc_info()[1]}\n")
+    logging.FileHandler would keep them in a buffer and raise when it is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._complained = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            self._file.write(line)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                sys.stderr.write(f"warning: {self._path} cannot be written: {error.strerror or error}\n")
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
 
 @contextlib.contextmanager
@@ -57,27 +77,33 @@ def logging_to(path: Path | None, *, level: int = logging.INFO) -> Iterator[logg
     handlers: list[logging.Handler] = [console]
     if path is not None:
         try:
-            file = _LogFileHandler(path, encoding="utf-8", errors="backslashreplace")
+            file = _FileHandler(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         handlers.append(file)
-    loggers = [logging.getLogger(name) for name in _SHOWN]
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    logging.captureWarnings(True)
-    for logger in loggers:
-        logger.setLevel(level)
-        for handler in handlers:
-            logger.addHandler(handler)
-    loggers[1].propagate = False
+    logger = logging.getLogger("mtbert")
+    level_before = logger.level
+    logger.setLevel(level)
+    show_before, warnings.showwarning = warnings.showwarning, _show_warning
+    for handler in handlers:
+        logger.addHandler(handler)
     try:
-        yield loggers[0]
+        yield logger
     finally:
-        logging.captureWarnings(False)
-        for logger, (old_level, old_propagate) in zip(loggers, before, strict=True):
-            logger.setLevel(old_level)
-            logger.propagate = old_propagate
-            for handler in handlers:
-                logger.removeHandler(handler)
+        logger.setLevel(level_before)
+        warnings.showwarning = show_before
         for handler in handlers:
+            logger.removeHandler(handler)
             handler.close()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    _warnings_log.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)

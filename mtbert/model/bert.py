@@ -7,9 +7,9 @@ Everything but attention works on tokens; attention is told where rows begin and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -261,9 +261,8 @@ class BertEncoder(nn.Module):
         self.config = config
         self.dropouts = dropouts or DropoutRates()
         self.embeddings = Embeddings(config)
-        self.layers: nn.ModuleList = nn.ModuleList(
-            BertLayer(config, number) for number in range(config.num_hidden_layers)
-        )
+        layers = nn.ModuleList(BertLayer(config, number) for number in range(config.num_hidden_layers))
+        self.layers = cast(Sequence[BertLayer], layers)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_is_pretrained = False
         self.register_state_dict_pre_hook(_refuse_merged)

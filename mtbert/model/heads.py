@@ -31,32 +31,11 @@ PAIR_FEATURES: tuple[str, ...] = get_args(PairFeature)
 CROSS_ENCODER = "cross-encoder"
 MAX_LAYERS = 4
 
-ACTIVATIONS = (
-    *(
-        "celu",
-        "elu",
-        "gelu",
-        "hardshrink",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "logsigmoid",
-    ),
-    *(
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softshrink",
-        "softsign",
-        "tanh",
-        "tanhshrink",
-    ),
+_ACTIVATIONS = (
+    "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu "
+    "sigmoid silu softplus softshrink softsign tanh tanhshrink"
 )
+ACTIVATIONS = tuple(_ACTIVATIONS.split())
 """The element-wise activations of torch.nn.functional that need no parameter and no random numbers."""
 
 
@@ -77,7 +56,7 @@ class HeadConfig:
     """An element-wise activation of torch, as its function or its module is called (leaky_relu, GELU), or
     none."""
     dropout: float = 0.1
-    """Dropout before every linear layer of the head."""
+    """Dropout before every linear layer of the head, unless its input is a single number."""
     pair: Literal["cross-encoder"] | list[PairFeature] = "cross-encoder"
     """How a pair is read: as one row (cross-encoder), or as two rows u and v that are joined by one or more
     features: concat (u, v), difference |u - v|, product u * v, dot u . v, cosine."""
@@ -147,13 +126,12 @@ def _identity(x: Tensor) -> Tensor:
 class Head(nn.Module):
     """One task's head. `index` is its number in the model: it tells the heads' dropout masks apart.
 
-    Output layer: linear, drawn as BERT draws its weights. Two cases differ, because one number is already
-    the answer:
+    The output layer is linear and drawn as BERT draws its weights. Two cases differ, because one number is
+    nearly the answer already:
     - `cosine` alone on a similarity has no output layer: the score is low + (high - low) * cosine;
-    - `cosine` or `dot` alone otherwise: a learned gain and offset, that start where a cosine (a dot product
-      divided by
-      the width) of 0.5 is the decision boundary of a binary task, and where it is the scaled score of a
-      similarity.
+    - `cosine` or `dot` alone elsewhere: a learned gain and offset. They start where the cosine, or the dot
+      product divided by the width, is the scaled score of a similarity, and where its value of 0.5 is the
+      decision boundary of a binary task.
     """
 
     def __init__(
@@ -236,7 +214,7 @@ class Head(nn.Module):
         self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int
     ) -> Tensor:
         mask = dropout.at(self.config.dropout, head_site(self.index, depth)) if dropout else None
-        if mask is None:
+        if mask is None or x.shape[1] == 1:
             return x
         if dropout_row is None:
             raise ValueError("dropout in a head needs dropout_row")

@@ -150,17 +150,19 @@ class MultiTaskModel(nn.Module):
             found = "has" if self.encoder.has_lora else "has no"
             raise ConfigError(f"mode: {chosen} does not fit an encoder that {found} LoRA adapters")
         uses_pooler = any(self.head(task).config.pooling == "pooler" for task in self.heads)
-        for name, parameter in self.named_parameters():
-            part = _part_of(name)
+
+        def is_trained(part: str) -> bool:
             if part.startswith("head "):
-                trains = True
-            elif part == "lora":
-                trains = chosen == "lora"
-            else:
-                trains = chosen == "full" and (part != "pooler" or uses_pooler)
-            parameter.requires_grad_(trains)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+                return True
+            if part == "lora":
+                return chosen == "lora"
+            return chosen == "full" and (part != "pooler" or uses_pooler)
+
+        trained = {name: is_trained(_part_of(name)) for name, _ in self.named_parameters()}
+        if not any(trained.values()):
             raise ConfigError(f"mode: {chosen} leaves nothing to train: the heads have no parameters")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trained[name])
         self.mode = chosen  # type: ignore[assignment]
 
     def parameter_counts(self) -> list[ParameterCount]:

@@ -121,19 +121,15 @@ def _download(hub_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise ModelFileError(
-            f"hub model {hub_id!r}: access must be granted on the hub; then log in: hf auth login"
+            f"hub model {hub_id!r}: access must be granted on the hub; then log in with: hf auth login"
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ModelFileError(f"no folder and no (public) hub model is called {hub_id!r}") from None
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.HfHubHTTPError,
-        OSError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelFileError(f"no folder and no public hub model is called {hub_id!r}") from None
+    except Exception as error:
+        # Whatever keeps the hub's client from giving the files (no network, a proxy, its cache) ends here.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelFileError(
-            f"hub model {hub_id!r} is not in the local cache and the hub cannot be reached ({reason}); "
+            f"hub model {hub_id!r} is not in the local cache and cannot be downloaded ({reason}); "
             "connect, or name a local folder or minilm"
         ) from error
 
@@ -310,10 +306,10 @@ def save_encoder(
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    for name in TOKENISER_FILES if tokeniser_folder is not None else ():
-        source = Path(tokeniser_folder) / name
-        if source.is_file() and source.resolve() != (folder / name).resolve():
-            shutil.copyfile(source, folder / name)
+    if tokeniser_folder is not None and folder.resolve() != Path(tokeniser_folder).resolve():
+        for source in (Path(tokeniser_folder) / name for name in TOKENISER_FILES):
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
 
 
 def hugging_face_views(encoder: BertEncoder) -> Iterator[tuple[str, Tensor]]:

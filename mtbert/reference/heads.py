@@ -72,7 +72,8 @@ class Head(nn.Module):
         def layer(inputs: int, outputs: int, function: Callable[[Tensor], Tensor] | None) -> HeadLayer:
             nonlocal depth
             depth += 1
-            return HeadLayer(inputs, outputs, function, Dropout(dropout, f"heads.{name}.{depth - 1}"))
+            p = dropout if inputs > 1 else 0.0  # a single number is not dropped
+            return HeadLayer(inputs, outputs, function, Dropout(p, f"heads.{name}.{depth - 1}"))
 
         self.towers = nn.ModuleList()
         for _ in range(tower_layers):
@@ -136,6 +137,7 @@ class MultitaskBert(nn.Module):
     def forward(self, task: str, first: Rows, second: Rows | None = None) -> Tensor:
         """Outputs [n, outputs] of one task for n sentences, pairs of sentences, or cross-encoded pairs."""
         head = self.heads[task]
+        assert isinstance(head, Head)
         u = self.bert.pool(self.bert(first), first, head.pooling)
         if second is None:
             return head(u, None, first.masks, None)

@@ -68,9 +68,9 @@ class Dropout(nn.Module):
 class Linear(nn.Linear):
     """`nn.Linear`; it is handed the masks because a LoRA layer in its place drops some of its input."""
 
-    def forward(self, x: Tensor, masks: Masks | None) -> Tensor:
+    def forward(self, input: Tensor, masks: Masks | None = None) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return super().forward(x)
+        return super().forward(input)
 
 
 class Embeddings(nn.Module):

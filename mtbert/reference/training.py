@@ -56,13 +56,12 @@ def task_loss(batch: TaskBatch, outputs: Tensor) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) that decays neither biases nor LayerNorm, as BERT was trained."""
-    decayed, others = [], []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_exempt = name == "bias" or isinstance(module, nn.LayerNorm)
-            (others if is_exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """AdamW (Loshchilov and Hutter 2019); as for BERT, weight decay spares biases and LayerNorm."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=learning_rate)
 
 

@@ -87,8 +87,8 @@ def get_task(name: str) -> Task:
     """The task of that name, or a ConfigError that lists the known ones."""
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"tasks: unknown task {name!r}{hint} Known tasks: {', '.join(TASKS)}")
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"tasks: unknown task {name!r}.{hint} Known tasks: {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from mtbert import reference
-from mtbert.model import load_encoder
-from mtbert.reference import MinBert, Rows
 from support.oracles import oracle
 from support.packed import attention_mask, padded, random_batch
 from support.tiny_bert import write_tiny_bert
 from support.twins import encoder_pairs, reference_encoder
 from torch import Tensor
 
+from mtbert import reference
+from mtbert.model import load_encoder
+from mtbert.reference import MinBert, Rows
 
-@pytest.mark.parametrize(("layers", "hidden", "heads", "intermediate"), [(2, 32, 2, 64), (3, 48, 4, 40), (1, 8, 1, 8)])
-def test_hidden_states_and_pooler_are_those_of_transformers(tmp_path: Path, layers, hidden, heads, intermediate):
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "heads", "intermediate"), [(2, 32, 2, 64), (3, 48, 4, 40), (1, 8, 1, 8)]
+)
+def test_hidden_states_and_pooler_are_those_of_transformers(
+    tmp_path: Path, layers, hidden, heads, intermediate
+):
     transformers = oracle("transformers")
     folder = write_tiny_bert(
         tmp_path, layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, seed=hidden
@@ -28,7 +33,11 @@ def test_hidden_states_and_pooler_are_those_of_transformers(tmp_path: Path, laye
     encoder = load_encoder(folder, dtype=torch.float64)
     bert = filled(encoder)
     batch = random_batch({"any": [1, 5, 2, 17, 9]}, encoder.config.vocab_size)
-    rows = Rows(padded(batch, batch.input_ids).long(), padded(batch, batch.token_type_ids).long(), attention_mask(batch))
+    rows = Rows(
+        padded(batch, batch.input_ids).long(),
+        padded(batch, batch.token_type_ids).long(),
+        attention_mask(batch),
+    )
     with torch.no_grad():
         expected = theirs(
             input_ids=rows.input_ids,
@@ -93,7 +102,9 @@ def test_the_reference_imports_torch_alone():
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 top = name.split(".")[0]
-                allowed = top == "torch" or top in sys.stdlib_module_names or name.startswith("mtbert.reference")
+                allowed = (
+                    top == "torch" or top in sys.stdlib_module_names or name.startswith("mtbert.reference")
+                )
                 assert allowed, f"{file.name} imports {name}"
 
 

@@ -1,7 +1,7 @@
 """The packed program and the reference are the same program: float64, same sentences, same masks, 20 steps.
 
-The packed side goes through mtbert's tokeniser, tables, packing, model and losses; the reference side reads the same
-sentences with the tokenizers library, pads them, and runs one task after another.
+The packed side goes through mtbert's tokeniser, tables, packing, model and losses; the reference side reads
+the same sentences with the tokenizers library, pads them, and runs one task after another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.tiny_bert import WORDS, write_tiny_bert
+from support.twins import StatelessMasks, padded_rows, parameter_pairs, twin_of
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
 from mtbert import reference
 from mtbert.data.dataset import TaskData
 from mtbert.data.packing import pack, plan_passes
@@ -30,10 +35,6 @@ from mtbert.model import (
     build_heads,
     load_encoder,
 )
-from support.tiny_bert import WORDS, write_tiny_bert
-from support.twins import StatelessMasks, padded_rows, parameter_pairs, twin_of
-from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 TOLERANCE = 1e-9
 STEPS = 20
@@ -116,7 +117,9 @@ CASES: dict[str, tuple[str, Mapping[str, HeadConfig]]] = {
     "all features, deep": (
         "full",
         {
-            "sst": HeadConfig(pooling="cls", tower_layers=2, hidden_layers=2, hidden_size=6, activation="silu"),
+            "sst": HeadConfig(
+                pooling="cls", tower_layers=2, hidden_layers=2, hidden_size=6, activation="silu"
+            ),
             "para": HeadConfig(
                 pooling="mean",
                 tower_layers=1,

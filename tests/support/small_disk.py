@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(path: Path, *, size: str, inodes: int = 0) -> Iterator[Path]:
-    """Mount a tmpfs of `size` (and, if above 0, for `inodes` files and folders) at `path`; skips the test if it can't."""
+    """Mount a tmpfs of `size` at `path`, for `inodes` entries if above 0; skips the test if it can't."""
     path.mkdir(parents=True, exist_ok=True)
     options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
     mount = shutil.which("mount")

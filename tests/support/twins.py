@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 
 import torch
+from torch import Tensor, nn
+
 from mtbert import reference
 from mtbert.kernels.reference import dropout_mask
 from mtbert.model.bert import BertEncoder
@@ -15,7 +17,6 @@ from mtbert.model.heads import Head, activation
 from mtbert.model.lora import LoraConfig
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.reference import MinBert, MultitaskBert, Rows
-from torch import Tensor, nn
 
 Pair = tuple[str, Callable[[], Tensor | None], Callable[[], Tensor | None]]
 """A parameter's name, then how to get it (or its gradient) from the packed model and from the twin."""
@@ -182,4 +183,6 @@ def padded_rows(rows: Sequence[tuple[Sequence[int], Sequence[int]]], masks: Stat
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
     ids = pad([ids for ids, _ in rows])
-    return Rows(ids, pad([types for _, types in rows]), pad([[1] * len(ids) for ids, _ in rows]).bool(), masks)
+    return Rows(
+        ids, pad([types for _, types in rows]), pad([[1] * len(ids) for ids, _ in rows]).bool(), masks
+    )

@@ -1,0 +1,211 @@
+"""Figures: every one carries run and commit, and no text lies on another or outside the picture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from mtbert.errors import UserError
+from mtbert.evaluation.bootstrap import Difference
+from mtbert.evaluation.history import History, read_history
+from mtbert.evaluation.metrics import score
+from mtbert.evaluation.plots.compare_plots import difference_plot, loss_overlay, metric_overlay
+from mtbert.evaluation.plots.confusion import confusion_plot
+from mtbert.evaluation.plots.curves import loss_curves, metric_curves, optimiser_curves, speed_plot
+from mtbert.evaluation.plots.labels import label_histograms
+from mtbert.evaluation.plots.similarity import similarity_plot
+from mtbert.evaluation.plots.style import Source, save, smoothed
+from mtbert.evaluation.predictions import Predictions
+from mtbert.evaluation.run import read_run, run_baselines
+from mtbert.tasks.registry import TASKS
+
+SOURCE = Source("a_run $with$ signs", "0123456789ab-dirty")
+FOUR = {name: TASKS[name] for name in ("sst", "para", "sts", "cfimdb")}
+
+
+def predictions_for(name: str, count: int = 600) -> Predictions:
+    task, generator = TASKS[name], np.random.default_rng(0)
+    labels = generator.uniform(0, 5, count) if name == "sts" else generator.integers(0, task.classes, count)
+    outputs = generator.normal(size=(count, task.outputs))
+    return Predictions(name, "dev", tuple(map(str, range(count))), labels, outputs)
+
+
+def texts_of(figure: Figure) -> list[Text]:
+    """The visible texts. Tick labels outside their axis' range are not drawn and do not count."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not low <= tick.get_loc() <= high:
+                    hidden |= {id(tick.label1), id(tick.label2)}
+    return [text for text in drawn if id(text) not in hidden]
+
+
+def check(figure: Figure, source: Source = SOURCE) -> None:
+    texts = texts_of(figure)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
+    for (first, a), (second, b) in combinations(boxes, 2):
+        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+        high = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) <= 1.0, f"{first!r} lies on {second!r}"
+    width, height = canvas.get_width_height()
+    for text, box in boxes:
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"{text!r} is cut off at {box}"
+    footer = [text for text, _ in boxes if source.git in text]
+    assert footer
+    for axes in figure.axes:
+        if axes.get_label() != "<colorbar>":
+            assert axes.get_xlabel()
+            assert axes.get_title() or axes.get_title(loc="left")
+
+
+@pytest.fixture
+def history(make_run) -> History:
+    return read_history(make_run("run", names=tuple(FOUR)) / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("names", [("sst",), ("sst", "para", "sts"), tuple(FOUR)])
+def test_curves_of_a_run(make_run, names: tuple[str, ...]) -> None:
+    run = read_run(make_run("run", names=names))
+    tasks = {name: TASKS[name] for name in names}
+    check(loss_curves(run.history, tasks, SOURCE))
+    check(metric_curves(run.history, tasks, run_baselines(run, tasks), SOURCE))
+    check(optimiser_curves(run.history, SOURCE))
+    check(speed_plot(run.history, SOURCE))
+
+
+def test_curves_show_the_recorded_numbers(history: History) -> None:
+    run_tasks = {"sst": TASKS["sst"]}
+    (panel,) = loss_curves(history, run_tasks, SOURCE).axes
+    by_label = {line.get_label(): line for line in panel.lines}
+    assert list(by_label["dev"].get_ydata()) == history.dev_losses("sst")[1]
+    raw = panel.lines[0]
+    assert list(raw.get_ydata()) == history.losses("sst")[1]
+    seconds, _ = speed_plot(history, SOURCE).axes
+    assert [bar.get_height() for bar in seconds.patches] == [time.seconds for time in history.epoch_times()]
+
+
+def test_the_baseline_is_a_dashed_line(make_run) -> None:
+    run = read_run(make_run("run"))
+    tasks = {name: TASKS[name] for name in run.tasks}
+    base = run_baselines(run, tasks)
+    panels = metric_curves(run.history, tasks, base, SOURCE).axes
+    for panel, (name, _) in zip(panels, tasks.items(), strict=True):
+        dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
+        assert [line.get_ydata()[0] for line in dashed] == [base[name].majority]
+
+
+def test_histories_with_little_in_them() -> None:
+    step = {"kind": "step", "step": 1, "loss": {"sst": 1.0}, "lr": 1e-5, "grad_norm": 1.0}
+    evaluation = {
+        "kind": "evaluation",
+        "step": 1,
+        "dev": {"sst": {"accuracy": 0.2}},
+        "dev_loss": {"sst": 1.5},
+    }
+    epoch = {"kind": "epoch", "step": 1, "epoch": 0.5, "seconds": 0.0, "tokens": 0}
+    for history in (History(), History([step], [evaluation], [epoch])):
+        check(loss_curves(history, FOUR, SOURCE))
+        check(metric_curves(history, FOUR, {}, SOURCE))
+        check(optimiser_curves(history, SOURCE))
+        check(speed_plot(history, SOURCE))
+
+
+@pytest.mark.parametrize("name", ["sst", "para", "cfimdb"])
+def test_confusion_matrix_cells(name: str) -> None:
+    entry = predictions_for(name, 1234)
+    assert entry.labels is not None
+    scores = score(TASKS[name], entry.labels, entry.outputs)
+    figure = confusion_plot(TASKS[name], scores, SOURCE)
+    check(figure)
+    cells = {text.get_text() for text in figure.axes[0].texts}
+    row = scores.confusion[0]
+    assert f"{row[0]:,}\n{row[0] / sum(row):.0%}" in cells
+    assert len(figure.axes[0].texts) == TASKS[name].classes ** 2
+
+
+@pytest.mark.parametrize("count", [2, 50, 5000])
+def test_similarity(count: int) -> None:
+    entry = predictions_for("sts", count)
+    assert entry.labels is not None
+    scores = score(TASKS["sts"], entry.labels, entry.outputs)
+    figure = similarity_plot(TASKS["sts"], entry.labels, entry.outputs[:, 0], scores, SOURCE)
+    check(figure)
+    (identity,) = figure.axes[0].lines
+    assert list(identity.get_xdata()) == list(identity.get_ydata())
+
+
+def test_label_histograms(make_run) -> None:
+    run = read_run(make_run("run", names=tuple(FOUR)))
+    histograms = {
+        name: {split: run.data(name, split)["labels"] for split in ("train", "dev")} for name in FOUR
+    }
+    histograms["cfimdb"] = {}
+    figure = label_histograms(FOUR, histograms, SOURCE)
+    check(figure)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert sum(heights) == pytest.approx(2.0)  # shares of train and of dev
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_overlays_of_runs(make_run, count: int) -> None:
+    runs = [read_run(make_run(f"run-with-a-rather-long-name-{i}", seed=i)) for i in range(count)]
+    names = [run.name for run in runs]
+    tasks = {name: TASKS[name] for name in ("sst", "para", "sts")}
+    source = Source(", ".join(names), "0123456789ab-dirty")
+    for draw in (loss_overlay, metric_overlay):
+        for chosen in (tasks, {"sst": TASKS["sst"]}):
+            check(draw(runs, names, chosen, source), source)
+    differences = [
+        {
+            name: Difference(0.5, 0.6, 0.1 * place, 0.1 * place - 0.05, 0.1 * place + 0.05, 0.1)
+            for name in tasks
+        }
+        for place in range(1, count)
+    ]
+    titles = {name: task.title for name, task in tasks.items()}
+    check(difference_plot(differences, names, titles, source), source)
+
+
+def test_a_footer_too_long_is_shortened_but_keeps_the_commit() -> None:
+    source = Source("name " * 200, "0123456789ab-dirty")
+    check(optimiser_curves(History(), source), source)
+
+
+def test_files_are_pngs_of_100_dots_an_inch(tmp_path: Path) -> None:
+    figure = optimiser_curves(History(), SOURCE)
+    path = save(figure, tmp_path / "plots" / "x.png")
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
+    assert (width, height) == tuple(round(100 * size) for size in figure.get_size_inches())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(figure, tmp_path / "file" / "x.png")
+
+
+def test_pyplot_is_never_imported() -> None:
+    modules = "mtbert.evaluation.plots, mtbert.evaluation.comparison"
+    code = f"import sys, {modules}; print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_smoothing_keeps_length_and_constants() -> None:
+    assert smoothed([2.0] * 9, 4) == [2.0] * 9
+    assert smoothed([0.0, 3.0, 0.0], 2) == [1.5, 1.0, 1.5]

@@ -1,0 +1,90 @@
+"""A small training setup in memory: the built-in sample, a tiny BERT in any dtype, and a TrainStep."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from mtbert.config import TrainConfig
+from mtbert.data.batching import TaskBatches
+from mtbert.data.tables import Table
+from mtbert.engine.build import (
+    Machine,
+    TaskSplits,
+    build_forward,
+    load_model,
+    prepare_data,
+    tasks_of,
+)
+from mtbert.engine.forward import Forward
+from mtbert.engine.step import TrainStep
+from mtbert.losses.task_losses import TaskLoss
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.optim.adamw import build_optimizer
+from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.loading import load_tables
+
+
+@dataclasses.dataclass
+class Assembly:
+    """Everything that a test of the engine may want to look at."""
+
+    config: TrainConfig
+    model: MultiTaskModel
+    data: TaskSplits
+    losses: dict[str, TaskLoss]
+    forward: Forward
+    step: TrainStep
+    batches: dict[str, TaskBatches]
+
+
+def tiny_config(bert: Path, cache: Path, **changes: object) -> TrainConfig:
+    """Three tasks on the sample with a tiny BERT, batches of 6 examples."""
+    config = TrainConfig(
+        task={name: TaskConfig(batch_size=6, max_length=64) for name in ("sst", "para", "sts")},
+        max_tokens=1024,
+        cache=str(cache),
+    )
+    config.model.pretrained = str(bert)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def shortened(table: Table, rows: int) -> Table:
+    """The first rows of a table."""
+    return dataclasses.replace(
+        table,
+        ids=table.ids[:rows],
+        texts=table.texts[:rows],
+        labels=None if table.labels is None else table.labels[:rows],
+        lines=table.lines[:rows],
+    )
+
+
+def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: int = 60) -> Assembly:
+    """Build it with parameters and activations of `dtype`, from the first `rows` rows of every table."""
+    tasks = tasks_of(config)
+    tables = {
+        name: {split: shortened(table, rows) for split, table in splits.items()}
+        for name, splits in load_tables(config.data, list(tasks.values())).items()
+    }
+    machine = Machine(torch.device("cpu"), dtype)
+    model, tokeniser = load_model(config, machine)
+    model.to(dtype)
+    data = prepare_data(config, tables, tokeniser)
+    losses = {n: TaskLoss(t, config.task[n].loss, data[n]["train"].labels) for n, t in tasks.items()}
+    forward = build_forward(config, model, machine)
+    step = TrainStep(
+        forward,
+        build_optimizer(model, config.optim),
+        losses,
+        {name: splits["train"] for name, splits in data.items()},
+        max_tokens=config.max_tokens,
+        clip_norm=config.optim.clip_norm,
+        seed=config.seed,
+    )
+    batches = {
+        n: TaskBatches(data[n]["train"].lengths, config.task[n].batch_size, config.seed, n) for n in tasks
+    }
+    return Assembly(config, model, data, losses, forward, step, batches)
