@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     """Parse and build the dataclasses."""
     values = parse_or_explain(parser, arguments)
     try:
-        built = parser.instantiate(values) if hasattr(parser, "instantiate") else parser.instantiate_classes(values)
+        built = parser.instantiate(values)
     except ConfigError as error:
         raise ConfigError(_with_task(str(error), values)) from error
     except UserError:
@@ -165,11 +166,15 @@ def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def _with_task(message: str, values: Namespace) -> str:
-    """The message with the task's name before the field, where the value that it complains of is a task's."""
+    """The message with the task's name before the field, where the field is a task's."""
     field = message.split(":")[0]
+    try:
+        default = reduce(getattr, field.split("."), TaskConfig())
+    except AttributeError:
+        return message
     for name in TASKS:
         value = values.get(f"{name}.{field}")
-        if value is not None and (f"found {value}" in message or repr(value) in message):
+        if value != default and str(value) in message:  # the default cannot be the mistake
             return f"{name}.{message}"
     return message
 

@@ -157,9 +157,13 @@ def extension() -> Iterator[Finding]:
     info = module.build_info()
     path = installation.extension_file(PACKAGE)
     sets = " ".join(info["instruction_sets"])
-    yield Finding(
-        "ok", "mtbert._C", f"{path.name if path else ''}: {info['compiler']}, {info['processor']} {sets}"
+    name = path.name if path else ""
+    yield Finding("ok", "mtbert._C", f"{name}: {info['compiler']}, {info['processor']} {sets}")
+    usable = " ".join(module.cpu.instruction_sets())
+    text = (
+        f"{module.cpu.instruction_set()} in force (usable: {usable}), threads: {module.cpu.thread_source()}"
     )
+    yield Finding("ok", "C++ kernels", text)
     if info["version"] != mtbert.__version__:
         text = f"belongs to mtbert {info['version']}, not {mtbert.__version__}: run pip install -e . again"
         yield Finding("warning", "version", text)

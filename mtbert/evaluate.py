@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-
 from mtbert.cli import config_from_file, run_main
 from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_split

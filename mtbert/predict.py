@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
     parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in the run)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
     if options.task is not None and (options.data or options.output):

@@ -15,6 +15,7 @@ from mtbert.errors import ConfigError
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.tasks.registry import Task
 
+
 @dataclass(frozen=True)
 class LoadedRun:
     """What prediction and evaluation need of a run."""

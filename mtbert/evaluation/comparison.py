@@ -112,7 +112,7 @@ def compare_runs(
         if missing:
             raise DataError(
                 f"{run.folder}: has no dev predictions of {', '.join(missing)}: the run is not finished "
-                f"(python -m mtbert.evaluate {run.folder} writes them)"
+                f"(python -m mtbert.predict {run.folder} writes them)"
             )
         predictions.append({name: run.predictions(task) for name, task in shared.items()})
     differences = []

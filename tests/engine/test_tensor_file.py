@@ -52,7 +52,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return tensor
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter("__metadata__".__ne__)
 
 
 @settings(max_examples=150, deadline=None)

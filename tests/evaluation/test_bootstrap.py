@@ -143,6 +143,20 @@ def test_overall_resamples_the_tasks_independently() -> None:
     assert set(intervals(TASKS, {"sst": trio["sst"]})) == {"sst"}
 
 
+def test_tasks_of_the_same_size_do_not_share_their_resamples() -> None:
+    right = np.arange(400) % 2 == 0
+    labels = np.zeros(400, dtype=np.int64)
+    # The same examples are right in both: with shared resamples their scores would move together.
+    entries = {
+        "sst": predictions("sst", labels, np.eye(5)[np.where(right, 0, 1)]),
+        "para": predictions("para", labels, np.where(right, -1.0, 1.0)[:, None]),
+        "sts": predictions("sts", np.arange(400.0), np.arange(400.0)[:, None]),
+    }
+    found = intervals(TASKS, entries, resamples=4000)
+    width = {name: entry.high - entry.low for name, entry in found.items()}
+    assert width["mean"] == pytest.approx((width["sst"] ** 2 + width["para"] ** 2) ** 0.5 / 3, rel=0.1)
+
+
 def test_results_depend_on_the_seed_alone() -> None:
     trio = make_trio(0, 1.0)
     assert intervals(TASKS, trio, seed=4) == intervals(TASKS, trio, seed=4)

@@ -77,6 +77,7 @@ def test_other_heads_of_a_line_are_left_out(tmp_path: Path, tail: str) -> None:
     ("line", "message"),
     [
         ("garbage", "line 2 is not JSON"),
+        (json.dumps(STEP)[:20], "line 2 is not JSON"),
         ("12", "line 2: expected an object"),
         ('{"kind": "other", "step": 1}', "line 2: expected an object"),
         ('{"kind": "step"}', "line 2: expected an object"),
@@ -88,6 +89,11 @@ def test_garbage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path, line:
     with pytest.raises(DataError, match=message) as caught:
         read_history(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_last_line_with_its_end_is_no_cut_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        read_history(write(tmp_path / "m", STEP, tail=json.dumps(STEP)[:20] + "\n"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

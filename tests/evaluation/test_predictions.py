@@ -52,7 +52,7 @@ def test_similarity_file_of_the_course(tmp_path: Path) -> None:
         b"9844a320e93a7a2619e034a3a , 1.9924936294555664 \n"
         b"86d5b52677dfa79afad549ded , 4.94091796875 \n"
     )
-    write_course_file(path, STS, IDS, np.array([0.1, 2.0], dtype=np.float32))
+    write_course_file(path, STS, IDS, np.array([0.1, 2.0]))
     assert path.read_text().splitlines()[1:] == [
         f"{IDS[0]} , {np.float32(0.1)} ",
         f"{IDS[1]} , {np.float32(2.0)} ",

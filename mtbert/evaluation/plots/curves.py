@@ -78,7 +78,7 @@ def optimiser_curves(history: History, source: Source) -> Figure:
     steps, values = history.column("lr")
     if steps:
         rate.plot(steps, values, color=BLUE, linewidth=1.6)
-        rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     _finish(rate, "no steps recorded")
     tidy(norm, "Gradient norm", "step", "norm before clipping")
     trend(norm, *history.column("grad_norm"), color=BLUE, label="")
