@@ -41,7 +41,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(Interrupted.exit_code) from None
     except BrokenPipeError:
         # The reader of our output went away (`| head`); Python's own flush at exit must not complain again.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
 
 
 def presets() -> dict[str, Path]:
@@ -197,7 +197,8 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
     if match is None:
         return ConfigError(text)
     name, problem = match.groups()
-    expected = list(dict.fromkeys(re.findall(r"Expected an? (.*?)(?= - Expected|\. Got value| Given value|$)", problem)))
+    kinds = re.findall(r"Expected an? (.*?)(?= - Expected|\. Got value| Given value|$)", problem)
+    expected = list(dict.fromkeys(kinds))
     found = re.search(r"Given value: (.*)$", problem) or re.search(r"Got value: (.*)$", problem)
     if not expected or not found:
         return ConfigError(f"{name}: {problem}")
@@ -223,7 +224,9 @@ def _suggest(name: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if not close:
         tails = {o.rsplit(".", 1)[-1]: o for o in options}
-        close = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)]
+        close = [
+            tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)
+        ]
     return f" Did you mean {close[0]}?" if close else " `--help` lists what there is."
 
 

@@ -28,15 +28,6 @@ Status = Literal["ok", "note", "warning", "broken"]
 
 PACKAGE = Path(__file__).parent
 OLDEST_TORCH = (2, 10)
-REQUIRED_PACKAGES = (
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "jsonargparse",
-    "scikit-learn",
-    "scipy",
-    "matplotlib",
-)
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -60,11 +51,21 @@ def versions() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {platform.platform()}")
     yield _torch_version()
     yield _triton_version()
-    for package in REQUIRED_PACKAGES:
+    for package in _required_packages():
         try:
             yield Finding("ok", package, metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding("broken", package, "is not installed (pip install -e . brings it)")
+
+
+def _required_packages() -> list[str]:
+    """The packages that the installed mtbert names, without extras and those that are examined on their own."""
+    try:
+        requirements = metadata.requires("mtbert") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
+    return [name for name in names if name not in ("torch", "triton")]
 
 
 def _torch_version() -> Finding:

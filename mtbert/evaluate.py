@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--data", help="folder in the CS224N layout, sample or hub (default: the run's own)")
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="table to score (dev)")
+    parser.add_argument(
+        "--split", choices=("train", "dev", "test"), default="dev", help="table to score (dev)"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in the run)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE as JSON")
     options = parser.parse_args(arguments)
@@ -75,6 +77,7 @@ def evaluate(loaded: LoadedRun, split: str) -> Results:
             for name, task in loaded.tasks.items()
         },
         split=split,
+        resamples=config.evaluation.resamples,
     )
 
 

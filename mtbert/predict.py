@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> None:
         if options.data is not None:
             config = dataclasses.replace(config, data=options.data)
         if options.task is not None and options.task not in config.tasks:
-            raise ConfigError(f"--task: {run.path} was trained on {', '.join(config.tasks)}, not on {options.task}")
+            raise ConfigError(
+                f"--task: {run.path} was trained on {', '.join(config.tasks)}, not on {options.task}"
+            )
         loaded = load_run(run, config, device=options.device)
         with memory_errors(config.max_tokens):
             if options.task is None:
@@ -122,7 +124,9 @@ def _lines(file: Path, each: int) -> Iterator[tuple[int, tuple[str, ...]]]:
         found = True
         row = tuple(line.split("\t")) if each == 2 else (line,)
         if len(row) != each:
-            raise DataError(f"{file}, line {number}: expected two sentences separated by a tab, found {len(row)}")
+            raise DataError(
+                f"{file}, line {number}: expected two sentences separated by a tab, found {len(row)}"
+            )
         yield number, row
     if not found:
         raise DataError(f"{file}: holds no sentence")

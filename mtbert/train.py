@@ -27,6 +27,7 @@ from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.environment import environment
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
+from mtbert.engine.inference import labels_of
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.record import describe_run
 from mtbert.engine.run_folder import RunFolder
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> None:
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
         if len(arguments) > (1 if "=" in arguments[0] else 2):
-            raise ConfigError("--resume takes everything from the run's config.yaml: give no other option with it")
+            raise ConfigError(
+                "--resume takes everything from the run's config.yaml: give no other option with it"
+            )
         resume(Path(resumed))
         return
     config = parse_train(arguments)
@@ -107,7 +110,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
 
         optimizer = build_optimizer(model, config.optim)
         losses = {
-            name: TaskLoss(task, config.task[name].loss, data[name]["train"].labels).to(machine.device)
+            name: TaskLoss(task, config.task[name].loss, labels_of(data[name]["train"])).to(machine.device)
             for name, task in tasks.items()
         }
         batches = {
@@ -150,8 +153,9 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         predictions = predict_all(
             forward, tasks, data, max_tokens=config.max_tokens, folder=run.path, mode=config.mode
         )
-        write_report(run.path, tasks, dev_examples(data))
-    print(f"\n{results_table(run_results(read_run(run.path), tasks, predictions))}")
+        resamples = config.evaluation.resamples
+        write_report(run.path, tasks, dev_examples(data), resamples=resamples)
+    print(f"\n{results_table(run_results(read_run(run.path), tasks, predictions, resamples))}")
     if config.data == SAMPLE:
         print("\nThe sample is synthetic: these scores say that training works, not how good the model is.")
     print(f"\nrun: {run.path}\nreport: {run.report_path}")

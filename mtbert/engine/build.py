@@ -71,7 +71,9 @@ def form_of(task: Task, config: TaskConfig) -> Form:
     return "cross" if config.head.pair == "cross-encoder" else "pair-rows"
 
 
-def task_data(task: Task, config: TaskConfig, table: Table, tokeniser: Tokeniser, cache: Path | None) -> TaskData:
+def task_data(
+    task: Task, config: TaskConfig, table: Table, tokeniser: Tokeniser, cache: Path | None
+) -> TaskData:
     """A table, tokenised (or read from the cache), in the form that the task's head reads."""
     return TaskData(
         task.name,
@@ -120,7 +122,9 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
 def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) -> Forward:
     """The packed pass; with a frozen encoder, the cached features of it."""
     packed = PackedForward(model, machine.device, machine.dtype)
-    return FrozenForward(packed, max_tokens=config.max_tokens) if config.mode == "last-linear-layer" else packed
+    return (
+        FrozenForward(packed, max_tokens=config.max_tokens) if config.mode == "last-linear-layer" else packed
+    )
 
 
 def data_fingerprint(data: TaskSplits) -> str:

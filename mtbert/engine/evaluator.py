@@ -12,7 +12,7 @@ import torch
 
 from mtbert.data.dataset import TaskData
 from mtbert.engine.forward import Forward
-from mtbert.engine.inference import infer
+from mtbert.engine.inference import infer, labels_of
 from mtbert.errors import ConfigError
 from mtbert.evaluation.metrics import TaskScores, aggregates, score
 from mtbert.losses.task_losses import TaskLoss
@@ -111,7 +111,7 @@ class Evaluator:
                     continue
                 data = self.data[name][split]
                 outputs = infer(self.forward, data, max_tokens=self.max_tokens, examples=examples)
-                labels = data.labels if examples is None else data.labels[examples]
+                labels = labels_of(data) if examples is None else labels_of(data)[examples]
                 scores[split][name] = score(task, labels, outputs)
                 losses[split][name] = self._mean_loss(name, outputs, labels)
         return Evaluation(scores["train"], scores["dev"], losses["train"], losses["dev"])

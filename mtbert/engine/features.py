@@ -25,7 +25,9 @@ class FrozenForward:
 
     def __init__(self, packed: PackedForward, *, max_tokens: int) -> None:
         if packed.model.mode != "last-linear-layer":
-            raise ValueError(f"features are constant only in mode last-linear-layer, not in {packed.model.mode}")
+            raise ValueError(
+                f"features are constant only in mode last-linear-layer, not in {packed.model.mode}"
+            )
         self.packed = packed
         self.max_tokens = max_tokens
         self._cache: weakref.WeakKeyDictionary[TaskData, Tensor] = weakref.WeakKeyDictionary()
@@ -46,7 +48,9 @@ class FrozenForward:
                 replace(segment, labels=segment.labels.to(device), weights=segment.weights.to(device))
             )
             tokens += int(data.lengths[request.examples].sum())
-        outputs = self.packed.model.outputs_from_features(features, dropout_rows=dropout_rows, dropout=dropout)
+        outputs = self.packed.model.outputs_from_features(
+            features, dropout_rows=dropout_rows, dropout=dropout
+        )
         return ForwardResult(tuple(segments), outputs, tokens)
 
     def features(self, data: TaskData) -> Tensor:

@@ -8,10 +8,20 @@ import torch
 from mtbert.data.dataset import TaskData
 from mtbert.data.packing import plan_passes
 from mtbert.engine.forward import Forward
+from mtbert.errors import DataError
+
+
+def labels_of(data: TaskData) -> np.ndarray:
+    """The labels `[n]` of a table that must have them. Raises DataError."""
+    if data.labels is None:
+        raise DataError(f"{data.table.path}: has no labels")
+    return data.labels
 
 
 @torch.inference_mode()
-def infer(forward: Forward, data: TaskData, *, max_tokens: int, examples: np.ndarray | None = None) -> np.ndarray:
+def infer(
+    forward: Forward, data: TaskData, *, max_tokens: int, examples: np.ndarray | None = None
+) -> np.ndarray:
     """Outputs `[n, outputs]` float32 of `examples` (default: all), whatever the order they are computed in.
 
     Examples are taken longest first: passes then hold rows of like length, and a budget that is too large

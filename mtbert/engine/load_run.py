@@ -46,4 +46,3 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
     forward = build_forward(config, model, machine)
     model.eval().requires_grad_(False)
     return LoadedRun(run, config, tasks_of(config), machine, model, tokeniser, forward, step)
-

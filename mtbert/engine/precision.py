@@ -42,5 +42,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda") from error
+        raise ConfigError(
+            f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
+        ) from error
     return device

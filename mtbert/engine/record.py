@@ -72,7 +72,9 @@ def describe_run(
     data: Mapping[str, Mapping[str, TaskData]],
 ) -> dict[str, Any]:
     """Everything that goes into run.json."""
-    parts = {count.part: {"trainable": count.trainable, "total": count.total} for count in model.parameter_counts()}
+    parts = {
+        count.part: {"trainable": count.trainable, "total": count.total} for count in model.parameter_counts()
+    }
     return {
         **environment,
         "name": name,
@@ -83,5 +85,7 @@ def describe_run(
         "mode": config.mode,
         "seed": config.seed,
         "synthetic": config.data == SAMPLE,
-        "contamination": CONTAMINATION if config.model.pretrained == MINILM and "para" in config.tasks else None,
+        "contamination": CONTAMINATION
+        if config.model.pretrained == MINILM and "para" in config.tasks
+        else None,
     }

@@ -15,7 +15,7 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return []
-    writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def listen(record: dict[str, Any]) -> None:
         for tag, value in _scalars(record):
@@ -29,7 +29,12 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record["kind"] == "step":
         pairs = [(f"loss/{task}", value) for task, value in record["loss"].items()]
-        return [*pairs, ("loss/total", record["total_loss"]), ("lr", record["lr"]), ("grad_norm", record["grad_norm"])]
+        return [
+            *pairs,
+            ("loss/total", record["total_loss"]),
+            ("lr", record["lr"]),
+            ("grad_norm", record["grad_norm"]),
+        ]
     if record["kind"] == "epoch":
         return [("tokens_per_second", record["tokens_per_second"])]
     pairs = []

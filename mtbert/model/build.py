@@ -12,7 +12,7 @@ from mtbert.errors import ConfigError
 from mtbert.model.dropout import DropoutRates
 from mtbert.model.heads import HeadConfig, HeadSpec
 from mtbert.model.lora import LoraConfig, add_lora
-from mtbert.model.multitask import Mode, MultiTaskModel, build_heads
+from mtbert.model.multitask import MultiTaskModel, build_heads
 from mtbert.model.pretrained import load_encoder
 
 
@@ -32,7 +32,7 @@ def build_model(
     folder: Path,
     config: ModelConfig,
     *,
-    mode: Mode,
+    mode: str,
     specs: Sequence[HeadSpec],
     heads: Mapping[str, HeadConfig],
     max_lengths: Mapping[str, int],

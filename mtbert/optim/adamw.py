@@ -40,7 +40,9 @@ class OptimizerConfig:
                 raise ConfigError(f"optim.{name}: expected at least 0, found {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}: expected at least 0 and below 1, found {getattr(self, name)}")
+                raise ConfigError(
+                    f"optim.{name}: expected at least 0 and below 1, found {getattr(self, name)}"
+                )
         if not self.eps > 0:
             raise ConfigError(f"optim.eps: expected a number above 0, found {self.eps}")
 

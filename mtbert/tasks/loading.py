@@ -31,7 +31,9 @@ def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table
             splits = read_folder(Path(source), task.name, task.layout, task.files)
         for split in ("train", "dev"):
             if split not in splits:
-                raise DataError(f"{source}: task {task.name} has no {split} table (--tasks chooses the tasks)")
+                raise DataError(
+                    f"{source}: task {task.name} has no {split} table (--tasks chooses the tasks)"
+                )
             if splits[split].labels is None:
                 raise DataError(f"{splits[split].path}: the {split} table of task {task.name} has no labels")
         tables[task.name] = splits

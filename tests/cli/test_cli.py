@@ -34,13 +34,17 @@ def test_options_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", sorted(presets()))
 def test_every_preset_parses_and_its_resolved_file_gives_the_same(preset: str, tmp_path: Path) -> None:
-    config = parse_train(["--preset", preset, "--output", "runs/x", "--para.head.pair", "[concat,difference]"])
+    config = parse_train(
+        ["--preset", preset, "--output", "runs/x", "--para.head.pair", "[concat,difference]"]
+    )
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert config_from_file(file) == config
 
 
-@pytest.mark.parametrize(("alias", "mode"), [("finetune", "full"), ("full-model", "full"), ("pretrain", "last-linear-layer")])
+@pytest.mark.parametrize(
+    ("alias", "mode"), [("finetune", "full"), ("full-model", "full"), ("pretrain", "last-linear-layer")]
+)
 def test_the_names_of_the_course_are_aliases(alias: str, mode: str) -> None:
     assert parse_train(["--mode", alias]).mode == mode
 
@@ -56,7 +60,10 @@ def test_the_names_of_the_course_are_aliases(alias: str, mode: str) -> None:
         (["--evaluation.every", "year"], r"evaluation\.every: expected epoch or int, found year"),
         (["--para.max_length", "9999"], r"para\.max_length: expected 8 to 4096 tokens, found 9999"),
         (["--sts.head.hidden_layers", "9"], r"sts\.head\.hidden_layers: expected 0 to 4, found 9"),
-        (["--sts.head.activation", "gelo"], r"sts\.head\.activation: unknown activation 'gelo'; did you mean 'gelu'"),
+        (
+            ["--sts.head.activation", "gelo"],
+            r"sts\.head\.activation: unknown activation 'gelo'; did you mean 'gelu'",
+        ),
         (["--max_tokens", "64"], r"max_tokens: an example of task sst may take 128 tokens"),
         (["--preset", "quick"], r"no such preset\. Did you mean quickstart\?"),
         (["--tasks", "[sst,sst]"], r"sst is named more than once"),

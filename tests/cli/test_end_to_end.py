@@ -13,20 +13,40 @@ from mtbert.errors import CheckpointError, ConfigError, DataError, UserError
 
 
 def tiny_options(bert: Path, cache: Path) -> list[str]:
-    sizes = [f"--{name}.{option}" for name in ("sst", "para", "sts") for option in ("batch_size=8", "max_length=64")]
-    return [f"--model.pretrained={bert}", f"--cache={cache}", "--epochs=1", "--curriculum.epoch_length=6", *sizes]
+    sizes = [
+        f"--{name}.{option}"
+        for name in ("sst", "para", "sts")
+        for option in ("batch_size=8", "max_length=64")
+    ]
+    return [
+        f"--model.pretrained={bert}",
+        f"--cache={cache}",
+        "--epochs=1",
+        "--curriculum.epoch_length=6",
+        *sizes,
+    ]
 
 
 @pytest.fixture(scope="module")
 def run(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    train.main([*tiny_options(tiny_bert, folder / "cache"), f"--output={folder / 'first'}", "--run.log_every=2"])
+    train.main(
+        [*tiny_options(tiny_bert, folder / "cache"), f"--output={folder / 'first'}", "--run.log_every=2"]
+    )
     return folder / "first"
 
 
 def test_a_run_leaves_what_the_design_promises(run: Path) -> None:
     present = {entry.name for entry in run.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "log.txt", "run.json", "report.md", "checkpoints", "predictions"} <= present
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "run.json",
+        "report.md",
+        "checkpoints",
+        "predictions",
+    } <= present
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["step", "step", "step", "epoch", "evaluation"]
     assert set(lines[0]["loss"]) == {"sst", "para", "sts"}
@@ -111,7 +131,9 @@ def test_other_modes_train_only_what_they_should(mode: str, tiny_bert: Path, tmp
     assert ("lora" in parts) == (mode == "lora")
 
 
-def test_a_single_sentiment_task_writes_the_files_of_the_second_objective(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_single_sentiment_task_writes_the_files_of_the_second_objective(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     options = [*tiny_options(tiny_bert, tmp_path), "--tasks=[cfimdb]", "--cfimdb.max_length=128"]
     train.main([*options, f"--output={tmp_path / 'run'}", "--curriculum.epoch_length=2"])
     names = {file.name for file in (tmp_path / "run" / "predictions").iterdir()}
@@ -138,7 +160,13 @@ def test_seeds_give_a_summary_and_skip_what_is_done(
 def test_early_stopping_ends_before_the_last_epoch(tiny_bert: Path, tmp_path: Path) -> None:
     options = [*tiny_options(tiny_bert, tmp_path), "--tasks=[sst]", "--curriculum.epoch_length=1"]
     train.main(
-        [*options, f"--output={tmp_path / 'run'}", "--epochs=30", "--optim.lr=1e-9", "--evaluation.patience=2"]
+        [
+            *options,
+            f"--output={tmp_path / 'run'}",
+            "--epochs=30",
+            "--optim.lr=1e-9",
+            "--evaluation.patience=2",
+        ]
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [1, 2, 3]

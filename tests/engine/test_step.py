@@ -24,7 +24,9 @@ def gradients(assembly: Assembly, step: int = 3) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("mode", ["full", "lora", "last-linear-layer"])
 @pytest.mark.parametrize("pair", ["cross-encoder", ["concat", "difference"]])
-def test_passes_give_the_gradient_of_the_whole_step(tiny_bert: Path, tmp_path: Path, mode: str, pair: object) -> None:
+def test_passes_give_the_gradient_of_the_whole_step(
+    tiny_bert: Path, tmp_path: Path, mode: str, pair: object
+) -> None:
     tasks = {
         name: TaskConfig(batch_size=6, max_length=64, head=HeadConfig(pair=pair, dropout=0.2, pooling="mean"))
         for name in ("sst", "para", "sts")
@@ -48,7 +50,9 @@ def test_dropout_changes_with_the_step_and_not_between_calls(tiny_bert: Path, tm
 def test_reported_losses_are_the_means_of_the_step(tiny_bert: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_bert, tmp_path)
     config.model.dropout = DropoutRates(0.0, 0.0, 0.0)
-    config.task = {n: TaskConfig(batch_size=6, max_length=64, head=HeadConfig(dropout=0.0)) for n in config.tasks}
+    config.task = {
+        n: TaskConfig(batch_size=6, max_length=64, head=HeadConfig(dropout=0.0)) for n in config.tasks
+    }
     config.task["para"].loss.weight = 3.0
     assembly = assemble(config)
     plan = {name: batches.batch(1) for name, batches in assembly.batches.items()}

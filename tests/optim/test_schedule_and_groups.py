@@ -37,7 +37,9 @@ class Model(nn.Module):
 def test_biases_and_layer_norms_do_not_decay_and_heads_have_their_own_rate() -> None:
     model = Model()
     model.encoder[1].weight.requires_grad_(False)
-    groups = parameter_groups(model.named_parameters(), OptimizerConfig(lr=1e-5, head_lr=1e-3, weight_decay=0.1))
+    groups = parameter_groups(
+        model.named_parameters(), OptimizerConfig(lr=1e-5, head_lr=1e-3, weight_decay=0.1)
+    )
     found = {id(p): (g["peak_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert found[id(model.encoder[0].weight)] == (1e-5, 0.1)
     assert found[id(model.encoder[0].bias)] == (1e-5, 0.0)

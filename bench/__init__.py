@@ -1,0 +1,1 @@
+"""Speed of mtbert beside what a user would take instead."""

@@ -1,0 +1,100 @@
+"""mtbert's sides: its own step, as `python -m mtbert.train` takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+from bench.flops import synchronise
+from bench.measure import Side
+from bench.workload import MAX_LENGTH, Workload
+from mtbert.config import Mode, TrainConfig
+from mtbert.engine.build import Machine, build_forward, load_model
+from mtbert.engine.features import FrozenForward
+from mtbert.engine.precision import Precision, compute_dtype
+from mtbert.engine.step import StepResult, TrainStep
+from mtbert.losses.task_losses import TaskLoss
+from mtbert.model.lora import LoraConfig
+from mtbert.optim.adamw import build_optimizer
+from mtbert.tasks.config import TaskConfig
+
+
+def build_step(
+    workload: Workload,
+    device: torch.device,
+    *,
+    mode: Mode = "full",
+    precision: Precision = "bf16",
+    lora: LoraConfig | None = None,
+    dropout: float = 0.1,
+) -> TrainStep:
+    """A training step of `mode` over the workload's data, one pass of the encoder a step."""
+    config = TrainConfig(
+        tasks=list(workload.tasks),
+        mode=mode,
+        precision=precision,
+        task={name: TaskConfig(max_length=MAX_LENGTH) for name in workload.tasks},
+        max_tokens=max(4096, 2 * workload.tokens // len(workload.steps)),
+    )
+    config.model.pretrained = str(workload.encoder)
+    rates = dataclasses.replace(config.model.dropout, embedding=dropout, attention=dropout, hidden=dropout)
+    config.model.dropout = rates
+    for task in config.task.values():
+        task.head = dataclasses.replace(task.head, dropout=dropout)
+    if lora is not None:
+        config.model.lora = lora
+    machine = Machine(device, compute_dtype(precision, device))
+    model, _ = load_model(config, machine)
+    losses = {
+        name: TaskLoss(task, config.task[name].loss, workload.data[name].labels).to(device)
+        for name, task in workload.tasks.items()
+    }
+    return TrainStep(
+        build_forward(config, model, machine),
+        build_optimizer(model, config.optim),
+        losses,
+        workload.data,
+        max_tokens=config.max_tokens,
+        clip_norm=config.optim.clip_norm,
+        seed=config.seed,
+    )
+
+
+def own_side(name: str, workload: Workload, step: TrainStep) -> Side:
+    """One optimizer step a repeat. As in the trainer, the result of a step is checked after the next one."""
+    taken = 0
+    before: StepResult | None = None
+
+    def run(repeat: int) -> float:
+        nonlocal taken, before
+        result = step(workload.steps[repeat % len(workload.steps)], taken)
+        if before is not None:
+            before.check()
+        before, taken = result, taken + 1
+        return result.tokens
+
+    return Side(name, run)
+
+
+def frozen_side(name: str, workload: Workload, step: TrainStep) -> Side:
+    """Mode last-linear-layer: the whole pool a repeat, as a step takes a moment once the features are there.
+
+    Their one pass through the encoder is the figure `features_tokens_per_second`.
+    """
+    forward = step.forward
+    assert isinstance(forward, FrozenForward)
+    device = forward.packed.device
+    # A first small pass takes what is done only once out of the time.
+    forward.packed.model.features(_small_batch(workload, device), dtype=forward.packed.dtype)
+    synchronise(device)
+    begin = time.perf_counter()
+    for data in workload.data.values():
+        forward.features(data)
+    synchronise(device)
+    tokens = sum(int(data.lengths.sum()) for data in workload.data.values())
+    figures = {"features_tokens_per_second": tokens / (time.perf_counter() - begin)}
+    side = own_side(name, workload, step)
+    return Side(name, lambda _: sum(side.run(k) for k in range(len(workload.steps))), figures)

@@ -1,0 +1,100 @@
+"""The sentences that every side reads: a pool of real ones, cut into steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtbert.curriculum import Plan
+from mtbert.data.batching import TaskBatches
+from mtbert.data.dataset import TaskData
+from mtbert.data.tables import Table
+from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.engine.build import form_of
+from mtbert.model.pretrained import resolve
+from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.loading import SAMPLE, load_tables
+from mtbert.tasks.registry import Task, get_task
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MIX = {"sst": 24, "para": 64, "sts": 17}
+"""Examples of each task in a step: these proportions (those of the preset `minilm`), scaled to the tokens."""
+MAX_LENGTH = 128
+_SHORTEST = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A pool of examples and one way to walk through it.
+
+    Every side reads the whole pool once, in `len(steps)` optimizer steps of nearly equal tokens. `steps` is
+    mtbert's own order; a peer composes its batches from the same pool as its users would.
+    """
+
+    source: str
+    """Where the sentences come from: real tables, or the synthetic sample."""
+    encoder: Path
+    """Folder of the pretrained encoder."""
+    tasks: dict[str, Task]
+    data: dict[str, TaskData]
+    pool: dict[str, np.ndarray]
+    """Examples of each task, indices into its data."""
+    steps: list[Plan]
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens of the pool."""
+        return int(self.row_lengths().sum())
+
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of every row of the pool (an example is one row here)."""
+        return np.concatenate([self.data[name].lengths[examples] for name, examples in self.pool.items()])
+
+
+def build_workload(
+    encoder: str, *, tokens_per_step: int, steps: int, folder: Path | None = REAL_DATA, seed: int = 0
+) -> Workload:
+    """Cross-encoder rows of three tasks from `folder`, or from the built-in sample where there is none.
+
+    `encoder` names the tokeniser (and the model that the sides will train).
+    """
+    real = folder is not None and all((folder / get_task(name).files["train"]).is_file() for name in MIX)
+    tasks = {name: get_task(name) for name in MIX}
+    tables = load_tables(str(folder) if real else SAMPLE, list(tasks.values()))
+    encoder_folder = resolve(encoder)
+    tokeniser = Tokeniser.from_folder(encoder_folder)
+    generator = np.random.default_rng(seed)
+    most = max(1, tokens_per_step * steps // _SHORTEST)
+    config = TaskConfig(max_length=MAX_LENGTH)
+    data: dict[str, TaskData] = {}
+    for name, task in tasks.items():
+        table = tables[name]["train"]
+        chosen = generator.permutation(len(table))[:most]
+        tokenised = tokenise(_rows(table, chosen), tokeniser)
+        data[name] = TaskData(name, tokenised, form=form_of(task, config), max_length=MAX_LENGTH)
+
+    scale = tokens_per_step / sum(MIX[name] * float(data[name].lengths.mean()) for name in MIX)
+    sizes = {name: max(1, round(scale * MIX[name])) for name in MIX}
+    # A small table is read again from its start.
+    pool = {name: np.resize(np.arange(len(data[name])), sizes[name] * steps) for name in MIX}
+    batches = {
+        name: TaskBatches(data[name].lengths[pool[name]], sizes[name], seed, name) for name in MIX
+    }
+    plans = [{name: pool[name][batches[name].batch(step)] for name in MIX} for step in range(steps)]
+    source = "CS224N tables" if real else "synthetic sample"
+    return Workload(source, encoder_folder, tasks, data, pool, plans)
+
+
+def _rows(table: Table, chosen: np.ndarray) -> Table:
+    places = chosen.tolist()
+    assert table.labels is not None
+    return dataclasses.replace(
+        table,
+        ids=[table.ids[i] for i in places],
+        texts=[table.texts[i] for i in places],
+        labels=table.labels[chosen],
+        lines=[table.lines[i] for i in places],
+    )
