@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 
-import numpy as np
 import torch
 
 from bench.flops import synchronise
 from bench.measure import Side
 from bench.workload import MAX_LENGTH, Workload
 from mtbert.config import Mode, TrainConfig
+from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.precision import Precision, compute_dtype
@@ -87,8 +87,8 @@ def frozen_side(name: str, workload: Workload, step: TrainStep) -> Side:
     forward = step.forward
     assert isinstance(forward, FrozenForward)
     device = forward.packed.device
-    # A first small pass takes what is done only once out of the time.
-    forward.packed.model.features(_small_batch(workload, device), dtype=forward.packed.dtype)
+    with torch.no_grad():  # what is done only once stays out of the time
+        forward.packed(plan_passes(workload.steps[0], workload.data, step.max_tokens)[0], None)
     synchronise(device)
     begin = time.perf_counter()
     for data in workload.data.values():

@@ -67,17 +67,18 @@ def build_workload(
     encoder_folder = resolve(encoder)
     tokeniser = Tokeniser.from_folder(encoder_folder)
     generator = np.random.default_rng(seed)
-    most = max(1, tokens_per_step * steps // _SHORTEST)
-    config = TaskConfig(max_length=MAX_LENGTH)
-    data: dict[str, TaskData] = {}
-    for name, task in tasks.items():
-        table = tables[name]["train"]
-        chosen = generator.permutation(len(table))[:most]
-        tokenised = tokenise(_rows(table, chosen), tokeniser)
-        data[name] = TaskData(name, tokenised, form=form_of(task, config), max_length=MAX_LENGTH)
+    most = tokens_per_step * steps // _SHORTEST  # rows that can be needed
+    chosen = {name: generator.permutation(len(tables[name]["train"]))[:most] for name in MIX}
 
-    scale = tokens_per_step / sum(MIX[name] * float(data[name].lengths.mean()) for name in MIX)
+    def read(name: str, rows: np.ndarray) -> TaskData:
+        config = TaskConfig(max_length=MAX_LENGTH)
+        tokenised = tokenise(_rows(tables[name]["train"], rows), tokeniser)
+        return TaskData(name, tokenised, form=form_of(tasks[name], config), max_length=MAX_LENGTH)
+
+    means = {name: float(read(name, chosen[name]).lengths.mean()) for name in MIX}
+    scale = tokens_per_step / sum(MIX[name] * means[name] for name in MIX)
     sizes = {name: max(1, round(scale * MIX[name])) for name in MIX}
+    data = {name: read(name, chosen[name][: sizes[name] * steps]) for name in MIX}
     # A small table is read again from its start.
     pool = {name: np.resize(np.arange(len(data[name])), sizes[name] * steps) for name in MIX}
     batches = {

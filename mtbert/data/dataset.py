@@ -82,11 +82,10 @@ class TaskData:
             if form == "cross"
             else np.minimum(full, max_length - specials)
         )
-        heads = {"head": sizes, "tail": np.zeros_like(sizes), "both": sizes - sizes // 2}[truncate]
+        self.heads = {"head": sizes, "tail": np.zeros_like(sizes), "both": sizes - sizes // 2}[truncate]
         self.starts = starts
         self.sizes = sizes
         self.skips = full - sizes
-        self.heads = np.where(self.skips > 0, heads, sizes)
         self.lengths: np.ndarray = sizes.sum(axis=1) + specials * self.rows_per_example
         self.n_truncated = int((self.skips > 0).any(axis=1).sum())
 

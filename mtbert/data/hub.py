@@ -130,12 +130,15 @@ def _table(
             raise DataError(f"{path}: no column {' and no column '.join(missing)}; found {', '.join(row)}")
         texts = tuple(str(row[name] or "").strip() for name in source.text_columns)
         reasons = [f"no {name}" for name, text in zip(source.text_columns, texts, strict=True) if not text]
-        label = math.nan if row[source.label_column] is None else float(row[source.label_column])
+        try:
+            label = math.nan if row[source.label_column] is None else float(row[source.label_column])
+        except ValueError:
+            label = math.inf
         if math.isnan(label):
             reasons.append(f"no {source.label_column}")
         elif label == UNLABELLED and split not in LABELLED_SPLITS:
             withheld += 1
-        elif not layout.labels.allows(label):
+        elif not math.isfinite(label) or not layout.labels.allows(label):
             found = row[source.label_column]
             raise DataError(
                 f"{path}, row {line}: {source.label_column} is {found!r}, expected {layout.labels}"

@@ -22,9 +22,9 @@ class Segment:
     """The part of a packed batch that belongs to one task.
 
     Its rows and tokens are contiguous ranges of the batch. `examples` int64 [n] are indices into the
-    TaskData. `weights` float32 [n] are the shares of the examples in the task's loss of the whole step
+    TaskData. `weights` float64 [n] are the shares of the examples in the task's loss of the whole step
     (they sum to 1 over its passes, and are 0 for unlabelled examples). `labels` [n] are int64 classes or
-    float32 scores. The rows of a pair are interleaved: a0 b0 a1 b1.
+    float64 scores. The rows of a pair are interleaved: a0 b0 a1 b1.
     """
 
     task: str
@@ -136,7 +136,7 @@ def make_segment(request: Request, *, first_row: int = 0, first_token: int = 0, 
         examples=examples,
         ids=tuple([data.ids[example] for example in examples.tolist()]),
         labels=_labels(data, examples),
-        weights=torch.full((len(examples),), weight, dtype=torch.float32),
+        weights=torch.full((len(examples),), weight, dtype=torch.float64),
         rows_per_example=data.rows_per_example,
     )
 
@@ -285,8 +285,7 @@ def _counts_from_zero(sizes: np.ndarray) -> np.ndarray:
 def _labels(data: TaskData, examples: np.ndarray) -> Tensor:
     if data.labels is None:
         return torch.zeros(len(examples), dtype=torch.int64)
-    labels = torch.from_numpy(data.labels[examples])
-    return labels if labels.dtype == torch.int64 else labels.to(torch.float32)
+    return torch.from_numpy(data.labels[examples])
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

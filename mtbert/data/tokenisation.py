@@ -22,8 +22,8 @@ from mtbert.data.tables import Table
 from mtbert.errors import DataError, ModelFileError
 
 _MAGIC = b"mtbert-tokens-1\n"
-# magic, texts, tokens, sha256 of the payload
-_HEADER = struct.Struct("<16sqq32s")
+# magic, texts, sha256 of what follows: offsets int64 [texts + 1] (aligned to 8 bytes) and tokens int32
+_HEADER = struct.Struct("<16sq32s8x")
 _TEXTS_PER_CALL = 8192
 
 
@@ -158,7 +158,7 @@ def _key(texts: Iterable[str], tokeniser: Tokeniser) -> str:
 
 def _store(path: Path, tokens: np.ndarray, offsets: np.ndarray) -> bool:
     payload = offsets.astype("<i8").tobytes() + tokens.astype("<i4").tobytes()
-    header = _HEADER.pack(_MAGIC, len(offsets) - 1, len(tokens), hashlib.sha256(payload).digest())
+    header = _HEADER.pack(_MAGIC, len(offsets) - 1, hashlib.sha256(payload).digest())
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +190,10 @@ def _load(path: Path, texts: int) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     if len(data) < _HEADER.size:
         return None
-    magic, found_texts, found_tokens, digest = _HEADER.unpack(data[: _HEADER.size].tobytes())
+    magic, found_texts, digest = _HEADER.unpack(data[: _HEADER.size].tobytes())
     # A plain array over the same pages: indexing np.memmap itself is several times as slow.
     payload = np.asarray(data[_HEADER.size :])
-    if magic != _MAGIC or found_texts != texts or len(payload) != 8 * (texts + 1) + 4 * found_tokens:
-        return None
-    if hashlib.sha256(payload.data).digest() != digest:
+    if magic != _MAGIC or found_texts != texts or hashlib.sha256(payload.data).digest() != digest:
         return None
     return payload[8 * (texts + 1) :].view("<i4"), payload[: 8 * (texts + 1)].view("<i8")
 

@@ -114,7 +114,7 @@ class TrainStep:
             for segment in batch.segments:
                 task_loss = self.losses[segment.task]
                 per_example = task_loss.per_example(batch.outputs[segment.task], segment.labels)
-                mean_share = (per_example * segment.weights).sum()
+                mean_share = (per_example * segment.weights.to(per_example.dtype)).sum()
                 weighted = task_loss.weight * mean_share
                 loss = weighted if loss is None else loss + weighted
                 share = mean_share.detach()

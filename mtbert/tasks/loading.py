@@ -19,14 +19,15 @@ def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table
     """Tables by task and split.
 
     `source` is `sample` (synthetic sentences that the project generates), `hub` (SST-5, QQP and STS-B
-    through `datasets`) or a folder. Every task needs a labelled `train` and `dev` split; `test` is optional.
+    through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs a labelled `train` and `dev` split; `test` is optional.
     """
     tables: dict[str, dict[str, Table]] = {}
     for task in tasks:
         if source == SAMPLE:
             splits = synthetic_tables(task.name)
-        elif source == HUB:
-            splits = read_hub(task.name, task.layout)
+        elif source == HUB or source.startswith(f"{HUB}:"):
+            copies = source.partition(":")[2]
+            splits = read_hub(task.name, task.layout, Path(copies) if copies else None)
         else:
             splits = read_folder(Path(source), task.name, task.layout, task.files)
         for split in ("train", "dev"):

@@ -128,3 +128,12 @@ def test_an_unforeseen_failure_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_which_gpus_a_target_serves(target: str, capability: tuple[int, int], runs: bool) -> None:
     assert runs_on(target, *capability) is runs
+
+
+def test_missing_package_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ["torch>=2.10", "numpy", "no-such-package>=1", 'no-such-tool; extra == "test"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: named)
+    found = {finding.subject: finding.status for finding in doctor.versions()}
+    assert found["numpy"] == "ok"
+    assert found["no-such-package"] == "broken"
+    assert "no-such-tool" not in found

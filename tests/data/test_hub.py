@@ -52,6 +52,7 @@ def test_columns_and_splits_are_mapped(layouts: dict[str, TableLayout]) -> None:
     ("splits", "message"),
     [
         (SPLITS | {"train": [qqp_row(0, -1)]}, "qqp/train, row 1: label is -1, expected a whole"),
+        (SPLITS | {"train": [qqp_row(0, "yes")]}, "row 1: label is 'yes', expected a whole number from 0 to 1"),
         (SPLITS | {"test": [qqp_row(0, -1), qqp_row(1, 1)]}, "1 of 2 labels are withheld"),
         (SPLITS | {"train": [{"question1": "a", "label": 0, "idx": 0}]}, "no column question2; found quest"),
         (SPLITS | {"train": []}, "0 rows cannot be used, 0 can"),

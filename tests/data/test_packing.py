@@ -88,7 +88,7 @@ def test_every_token_of_every_row(make_tokenised, data: st.DataObject, first_row
         assert segment.examples.tolist() == examples.tolist()
         assert segment.ids == tuple(task.ids[example] for example in examples)
         assert segment.rows_per_example == task.rows_per_example
-        assert segment.weights.dtype == torch.float32
+        assert segment.weights.dtype == torch.float64
         if task.labels is None:
             assert segment.labels.tolist() == [0] * len(examples)
             assert segment.weights.tolist() == [0] * len(examples)

@@ -1,7 +1,7 @@
 """Trainings in processes of their own that start in milliseconds: forked from one process that has the imports.
 
-Importing PyTorch and the rest takes seconds; a test that kills a training twenty times needs many processes. Each
-training is a real process with the command line of `python -m mtbert.train`; its parent is this module, run as a script.
+Importing PyTorch and the rest takes seconds, and a test that kills trainings needs many processes. Each training is a
+real process with the command line of `python -m mtbert.train`; its parent is this module, run as a script.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class TrainingServer:
         """Start `python -m mtbert.train` with these arguments."""
         self._count += 1
         out, err = self.folder / f"out-{self._count}.txt", self.folder / f"err-{self._count}.txt"
+        out.touch()
+        err.touch()
         pid = self.ask({"run": [str(a) for a in arguments], "out": str(out), "err": str(err)})
         return Training(self, pid, out, err)
 
@@ -129,14 +131,17 @@ def training_server(folder: Path) -> Iterator[TrainingServer]:
 
 
 def _serve(folder: Path) -> None:
+    import torch
+
     import mtbert.train
     from mtbert.cli import run_main
 
+    # The first optimizer imports torch's compiler, which takes as long as all the rest: once here, not once a training.
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
     def train(request: dict[str, Any]) -> int:
         for number, name in ((1, request["out"]), (2, request["err"])):
-            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(descriptor, number)
-            os.close(descriptor)
+            os.dup2(os.open(name, os.O_WRONLY), number)
         sys.argv = ["mtbert.train", *request["run"]]
         try:
             run_main(mtbert.train.main)

@@ -1,0 +1,60 @@
+"""Options, the fixture `bench`, and the tables at the end of the session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # bench is not installed
+    sys.path.insert(0, str(ROOT))
+
+from bench import records  # noqa: E402
+from bench.comparison import to_text  # noqa: E402
+from bench.harness import RECORDED_REPEATS, Bench  # noqa: E402
+from bench.workload import build_workload  # noqa: E402
+from mtbert.engine.precision import resolve_device  # noqa: E402
+from mtbert.errors import ModelFileError  # noqa: E402
+
+_BENCH = pytest.StashKey[Bench]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mtbert bench")
+    group.addoption("--full", action="store_true", help="15 repeats instead of 5")
+    group.addoption("--repeats", type=int, help=f"repeats; fewer than {RECORDED_REPEATS} are not recorded")
+    group.addoption("--tokens", type=int, help="useful tokens a step (default: 4096; 16384 on a GPU)")
+    group.addoption("--encoder", default="minilm", help="encoder: minilm, a folder or a hub id")
+    group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the records")
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig: pytest.Config) -> Bench:
+    """The sentences, the device and the number of repeats of this session."""
+    option = pytestconfig.getoption
+    device = resolve_device(option("--device"))
+    repeats = option("--repeats") or (15 if option("--full") else 5)
+    tokens = option("--tokens") or (16384 if device.type == "cuda" else 4096)
+    try:
+        workload = build_workload(option("--encoder"), tokens_per_step=tokens, steps=repeats)
+    except ModelFileError as error:
+        pytest.skip(str(error))
+    pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, option("--results"))
+    return pytestconfig.stash[_BENCH]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    bench = config.stash.get(_BENCH, None)
+    if bench is None or not bench.comparisons:
+        return
+    workload = bench.workload
+    terminalreporter.section("mtbert bench")
+    terminalreporter.write_line(
+        f"{workload.encoder.name}, {workload.source}, {workload.tokens // len(workload.steps):,} useful tokens a step;"
+        f" median [quartiles] of {bench.repeats} alternating repeats"
+    )
+    for comparison in bench.comparisons:
+        terminalreporter.write_line(f"\n{to_text(comparison)}")
