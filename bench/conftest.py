@@ -18,6 +18,8 @@ from bench.workload import build_workload  # noqa: E402
 from mtbert.engine.precision import resolve_device  # noqa: E402
 from mtbert.errors import ModelFileError  # noqa: E402
 
+# Fewer steps would make the pool too small for a peer to find batches of like length in it.
+_LEAST_STEPS = 5
 _BENCH = pytest.StashKey[Bench]()
 
 
@@ -39,7 +41,7 @@ def bench(pytestconfig: pytest.Config) -> Bench:
     repeats = option("--repeats") or (15 if option("--full") else 5)
     tokens = option("--tokens") or (16384 if device.type == "cuda" else 4096)
     try:
-        workload = build_workload(option("--encoder"), tokens_per_step=tokens, steps=repeats)
+        workload = build_workload(option("--encoder"), tokens_per_step=tokens, steps=max(repeats, _LEAST_STEPS))
     except ModelFileError as error:
         pytest.skip(str(error))
     pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, option("--results"))
@@ -53,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     workload = bench.workload
     terminalreporter.section("mtbert bench")
     terminalreporter.write_line(
-        f"{workload.encoder.name}, {workload.source}, {workload.tokens // len(workload.steps):,} useful tokens a step;"
+        f"{workload.encoder_name}, {workload.source}, {workload.tokens // len(workload.steps):,} useful tokens a step;"
         f" median [quartiles] of {bench.repeats} alternating repeats"
     )
     for comparison in bench.comparisons:

@@ -89,7 +89,7 @@ class Bench:
             "load": [load_before, load()],
             "tokens_per_step": self.workload.tokens // len(self.workload.steps),
             "source": self.workload.source,
-            "encoder": self.workload.encoder.name,
+            "encoder": self.workload.encoder_name,
             "kernels": kernels_in_use(self.device, present[0].dtype),
         }
         if self.results is not None and alternation.rounds >= RECORDED_REPEATS:

@@ -88,6 +88,13 @@ class PlainLoop:
 
     def __call__(self, repeat: int) -> float:
         """One optimizer step; returns its useful tokens."""
+        tokens = self.accumulate(repeat)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return tokens
+
+    def accumulate(self, repeat: int) -> int:
+        """Leaves the gradient of a step in `.grad`; returns its useful tokens."""
         step = self.steps[repeat % len(self.steps)]
         examples: dict[str, int] = {}
         for batch in step:
@@ -101,8 +108,6 @@ class PlainLoop:
             loss = _loss_sum(self.workload.tasks[batch.task], outputs.float(), labels)
             (loss / examples[batch.task]).backward()
             tokens += real
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
         return tokens
 
     def _collate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

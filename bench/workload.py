@@ -36,6 +36,7 @@ class Workload:
 
     source: str
     """Where the sentences come from: real tables, or the synthetic sample."""
+    encoder_name: str
     encoder: Path
     """Folder of the pretrained encoder."""
     tasks: dict[str, Task]
@@ -86,7 +87,7 @@ def build_workload(
     }
     plans = [{name: pool[name][batches[name].batch(step)] for name in MIX} for step in range(steps)]
     source = "CS224N tables" if real else "synthetic sample"
-    return Workload(source, encoder_folder, tasks, data, pool, plans)
+    return Workload(source, encoder, encoder_folder, tasks, data, pool, plans)
 
 
 def _rows(table: Table, chosen: np.ndarray) -> Table:

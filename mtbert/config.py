@@ -33,7 +33,8 @@ class TrainConfig:
     """What a training run is a function of."""
 
     data: str = "sample"
-    """A folder in the CS224N layout, `sample` (built-in synthetic sentences) or `hub` (SST-5, QQP, STS-B)."""
+    """A folder in the CS224N layout, `sample` (built-in synthetic sentences), `hub` (SST-5, QQP, STS-B), or `hub:DIR`
+    (copies of those under DIR)."""
     output: str | None = None
     """The run's folder; by default a new one under runs/."""
     tasks: list[str] = field(default_factory=lambda: ["sst", "para", "sts"])

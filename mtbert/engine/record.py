@@ -27,7 +27,7 @@ _MOST_PROBLEMS = 100
 
 
 def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
-    """Rows, problems, truncation, label counts and train/dev overlap by task and split (JSON-able); logs the oddities."""
+    """Rows, problems, truncation, label counts and overlap by task and split (JSON-able); logs the oddities."""
     described: dict[str, Any] = {}
     for name, splits in data.items():
         described[name] = {}

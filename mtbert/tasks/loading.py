@@ -19,7 +19,8 @@ def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table
     """Tables by task and split.
 
     `source` is `sample` (synthetic sentences that the project generates), `hub` (SST-5, QQP and STS-B
-    through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs a labelled `train` and `dev` split; `test` is optional.
+    through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs a
+    labelled `train` and `dev` split; `test` is optional.
     """
     tables: dict[str, dict[str, Table]] = {}
     for task in tasks:

@@ -94,7 +94,7 @@ def test_every_token_of_every_row(make_tokenised, data: st.DataObject, first_row
             assert segment.weights.tolist() == [0] * len(examples)
         else:
             assert segment.labels.tolist() == task.labels[examples].tolist()
-            assert segment.labels.dtype == (torch.int64 if task.labels.dtype == np.int64 else torch.float32)
+            assert segment.labels.dtype == (torch.int64 if task.labels.dtype == np.int64 else torch.float64)
             assert segment.weights.tolist() == [0.25] * len(examples)
         row = segment.rows.stop
 

@@ -126,7 +126,7 @@ def test_frozen_features_equal_the_packed_pass(tiny_bert: Path, tmp_path: Path) 
     config = tiny_config(tiny_bert, tmp_path, mode="last-linear-layer", task=tasks, max_tokens=2048)
     assembly = assemble(config)
     packed = PackedForward(assembly.model, torch.device("cpu"), torch.float64)
-    for name, splits in assembly.data.items():
+    for splits in assembly.data.values():
         chosen = np.array([5, 0, 17, 3])
         expected = infer(packed, splits["train"], max_tokens=2048, examples=chosen)
         found = infer(assembly.forward, splits["train"], max_tokens=2048, examples=chosen)

@@ -84,6 +84,10 @@ class Workplace:
         """Start the resumption of a run."""
         return self.server.start(["--resume", run])
 
+    def train_to_step(self, training: Training, run: Path, step: int) -> bool:
+        """Wait until metrics.jsonl has come to `step`; False when the training ended before."""
+        return training.until(lambda: steps_logged(run) >= step)
+
     def train_to_the_last_checkpoint(self, training: Training, run: Path, steps: int = STEPS) -> None:
         """Wait for the checkpoint of the last step; the report that would follow is spared by a kill."""
         assert training.until(lambda: (run / "checkpoints" / f"step-{steps}").exists()), training.err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.small_disk import small_disk
 
-from .conftest import STEPS, Workplace, assert_same_run, newest, steps_logged
+from .conftest import STEPS, Workplace, assert_same_run, newest
 
 
 def test_a_disk_that_fills_up_during_the_training(
@@ -55,7 +55,7 @@ def test_a_disk_without_room_for_a_line_of_metrics(workplace: Workplace, tmp_pat
             "--run.log_every=1",
         )
         training = workplace.start(run, *options)
-        assert training.until(lambda: steps_logged(run) > 0)
+        assert workplace.train_to_step(training, run, 1)
         (disk / "ballast").touch()
         subprocess.run(
             ["dd", "if=/dev/zero", f"of={disk / 'ballast'}", "bs=64k"], check=False, capture_output=True

@@ -58,9 +58,9 @@ def test_every_mode(workplace: Workplace, tmp_path: Path, options: list[str]) ->
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     workplace.train_to_the_last_checkpoint(workplace.start(straight, *options), straight)
     training = workplace.start(killed, *options)
-    assert training.until(lambda: steps_logged(killed) >= 9)
+    assert workplace.train_to_step(training, killed, 9)
     training.kill()
-    assert (killed / "checkpoints" / "step-18").exists() is False, "the kill came too late to prove anything"
+    assert not (killed / "checkpoints" / f"step-{STEPS}").exists(), "the kill came too late to prove anything"
     workplace.train_to_the_last_checkpoint(workplace.resume(killed), killed)
     assert_same_run(killed, straight)
 
@@ -70,7 +70,7 @@ def test_killed_at_random_moments(workplace: Workplace, uninterrupted: Path, run
     training = workplace.start(run)
     kills = 0
     for target in (1, 5, 6, 9, 12, 15):
-        training.until(lambda target=target: steps_logged(run) >= target)
+        workplace.train_to_step(training, run, target)
         time.sleep(chance.uniform(0, 0.03))
         if not training.running():
             break
@@ -105,8 +105,8 @@ def test_killed_in_the_middle_of_saves(workplace: Workplace, tmp_path: Path) -> 
         before = newest(run)
         training = workplace.resume(run)
         # One step further than before this kill, so that the next one hits another save.
-        wanted = 1 if before is None else before.step + 1
-        training.until(lambda wanted=wanted: (run / "checkpoints" / f"step-{wanted}").exists())
+        wanted = run / "checkpoints" / f"step-{1 if before is None else before.step + 1}"
+        training.until(wanted.exists)
     workplace.train_to_the_last_checkpoint(training, run, steps=6)
     assert hits >= 1, "no kill hit a save: the test proves nothing"
     assert_same_run(run, straight)

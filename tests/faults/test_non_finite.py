@@ -69,7 +69,9 @@ def test_a_nan_in_the_weights_names_exactly_the_examples_that_meet_it(
 
 
 def test_weights_that_run_away_end_in_a_message(workplace: Workplace, run: Path) -> None:
-    training = workplace.start(run, "--optim.lr=1e9", "--run.checkpoint_every=1")
+    training = workplace.start(
+        run, "--optim.lr=900", "--optim.weight_decay=1000000", "--run.checkpoint_every=1"
+    )
     assert training.wait() == 2
     assert "Traceback" not in training.err
     assert re.match(r"error: step \d+: ", training.err)

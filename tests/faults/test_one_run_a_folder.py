@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtbert.engine.checkpoint import FORMAT, _seal
 
-from .conftest import STEPS, Workplace, copy_run, steps_logged
+from .conftest import STEPS, Workplace, copy_run
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -30,7 +30,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
 
 def test_while_one_process_trains_no_other_may(workplace: Workplace, uninterrupted: Path, run: Path) -> None:
     first = workplace.start(run, "--epochs=1000")
-    assert first.until(lambda: steps_logged(run) > 0)
+    assert workplace.train_to_step(first, run, 1)
     for second in (workplace.start(run), workplace.resume(run)):
         assert second.wait() == 2
         assert f"{run} is in use by process {first.pid} on " in second.err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import STEPS, Workplace, assert_same_run, newest, steps_logged
+from .conftest import STEPS, Workplace, assert_same_run, newest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -15,7 +15,7 @@ def test_a_stop_leaves_a_checkpoint_and_says_where(
     workplace: Workplace, uninterrupted: Path, run: Path, number: signal.Signals
 ) -> None:
     training = workplace.start(run)
-    assert training.until(lambda: steps_logged(run) >= 9)
+    assert workplace.train_to_step(training, run, 9)
     training.signal(number)
     assert training.wait() == 130
     found = newest(run)
@@ -32,8 +32,7 @@ def test_ctrl_c_again_and_again(workplace: Workplace, uninterrupted: Path, run: 
     training = workplace.start(run)
     stops = 0
     for target in (3, 6, 9, 12, 15):
-        training.until(lambda target=target: steps_logged(run) >= target)
-        if not training.running():
+        if not workplace.train_to_step(training, run, target):
             break
         training.signal(signal.SIGINT)
         assert training.wait() == 130, training.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -17,8 +19,8 @@ def test_linear_schedule_warms_up_and_falls_to_nearly_zero() -> None:
     assert max(shares) == 1.0
     assert shares.index(1.0) == 10
     assert shares[-1] == pytest.approx(1 / 90)
-    assert all(a < b for a, b in zip(shares[:10], shares[1:11], strict=True))
-    assert all(a > b for a, b in zip(shares[10:99], shares[11:], strict=True))
+    assert all(a < b for a, b in pairwise(shares[:11]))
+    assert all(a > b for a, b in pairwise(shares[10:]))
 
 
 def test_cosine_is_half_way_down_in_the_middle_and_constant_stays() -> None:

@@ -148,7 +148,7 @@ def _serve(folder: Path) -> None:
         except SystemExit as end:
             return int(end.code or 0)
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
             return 1
         return 0
 
