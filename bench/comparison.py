@@ -103,7 +103,9 @@ def to_text(comparison: Comparison) -> str:
     for case in comparison.cases:
         share = "" if case.limit_share is None else f"{100 * case.limit_share.median:.0f}%"
         more = ", ".join(f"{name} {value:,.3g}" for name, value in case.figures.items())
-        lines.append((case.name, _spread(case.tokens_per_second, ",.0f"), _spread(case.ratio, ".2f"), share, more))
+        lines.append(
+            (case.name, _spread(case.tokens_per_second, ",.0f"), _spread(case.ratio, ".2f"), share, more)
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     text = [comparison.name]
     for line in lines:

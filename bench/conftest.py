@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # bench is not installed
@@ -13,7 +14,7 @@ if str(ROOT) not in sys.path:  # bench is not installed
 
 from bench import records  # noqa: E402
 from bench.comparison import to_text  # noqa: E402
-from bench.harness import RECORDED_REPEATS, Bench  # noqa: E402
+from bench.harness import CLOCKS, RECORDED_REPEATS, Bench  # noqa: E402
 from bench.workload import build_workload  # noqa: E402
 from mtbert.engine.precision import resolve_device  # noqa: E402
 from mtbert.errors import ModelFileError  # noqa: E402
@@ -30,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tokens", type=int, help="useful tokens a step (default: 4096; 16384 on a GPU)")
     group.addoption("--encoder", default="minilm", help="encoder: minilm, a folder or a hub id")
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.addoption(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: for a busy machine, one thread"
+    )
     group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the records")
 
 
@@ -41,10 +45,17 @@ def bench(pytestconfig: pytest.Config) -> Bench:
     repeats = option("--repeats") or (15 if option("--full") else 5)
     tokens = option("--tokens") or (16384 if device.type == "cuda" else 4096)
     try:
-        workload = build_workload(option("--encoder"), tokens_per_step=tokens, steps=max(repeats, _LEAST_STEPS))
+        workload = build_workload(
+            option("--encoder"), tokens_per_step=tokens, steps=max(repeats, _LEAST_STEPS)
+        )
     except ModelFileError as error:
         pytest.skip(str(error))
-    pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, option("--results"))
+    clock = option("--clock")
+    if clock == "cpu":
+        if device.type != "cpu":
+            raise pytest.UsageError("--clock cpu measures a CPU")
+        torch.set_num_threads(1)
+    pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, clock, option("--results"))
     return pytestconfig.stash[_BENCH]
 
 

@@ -43,9 +43,9 @@ def training_flops(
     2 L^2 C forward (Q K^T, P V) and four backward (dV, dP, dQ, dK).
 
     full:     every product forward and backward.
-    lora:     forward, and the gradients of inputs (in the first layer those of query, key and value are not
-              needed: nothing trains below); no gradient of a frozen weight; each adapter of rank r on top:
-              2 T r (K + N), three times. All layers are adapted.
+    lora:     forward, and the gradients of inputs; no gradient of a frozen weight; each adapter of rank r on
+              top: 2 T r (K + N), three times. In the first layer the gradient of the input of query, key and
+              value is not needed, as nothing trains below. All layers are adapted, query or value among others.
     features: forward only (the frozen encoder's one pass).
 
     It is the plain algorithm's count: neither embedding, LayerNorm, softmax and heads, which are no matrix
@@ -61,7 +61,10 @@ def training_flops(
     if mode == "full":
         return sizes.layers * (3 * forward + 6 * product)
     adapters = 3 * 2 * tokens * rank * sum(sum(shapes[name]) for name in adapted)
-    unneeded = 2 * tokens * sum(k * n for k, n in (shapes[name] for name in ("query", "key", "value")))
+    c = sizes.width
+    unneeded = (
+        2 * tokens * (3 * c * c + rank * c * sum(name in adapted for name in ("query", "key", "value")))
+    )
     return sizes.layers * (2 * forward + 6 * product + adapters) - unneeded
 
 
@@ -90,12 +93,12 @@ def product_side(
                 best = flops / seconds, multiply, flops
     if best is None:
         raise ValueError("product_side needs a shape")
-    rate, multiply, flops = best
+    rate, fastest, flops = best
     times = max(1, round(0.3 * rate / flops))
 
     def run(repeat: int) -> float:
         for _ in range(times):
-            multiply()
+            fastest()
         return times * flops
 
     return Side(name, run)

@@ -42,16 +42,17 @@ def build_step(
     config.model.pretrained = str(workload.encoder)
     rates = dataclasses.replace(config.model.dropout, embedding=dropout, attention=dropout, hidden=dropout)
     config.model.dropout = rates
-    for task in config.task.values():
-        task.head = dataclasses.replace(task.head, dropout=dropout)
+    for settings in config.task.values():
+        settings.head = dataclasses.replace(settings.head, dropout=dropout)
     if lora is not None:
         config.model.lora = lora
     machine = Machine(device, compute_dtype(precision, device))
     model, _ = load_model(config, machine)
-    losses = {
-        name: TaskLoss(task, config.task[name].loss, workload.data[name].labels).to(device)
-        for name, task in workload.tasks.items()
-    }
+    losses = {}
+    for name, task in workload.tasks.items():
+        labels = workload.data[name].labels
+        assert labels is not None
+        losses[name] = TaskLoss(task, config.task[name].loss, labels).to(device)
     return TrainStep(
         build_forward(config, model, machine),
         build_optimizer(model, config.optim),

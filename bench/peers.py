@@ -227,5 +227,7 @@ def _cut(workload: Workload, batches: list[Batch]) -> list[list[Batch]]:
     for batch, place in zip(batches, places, strict=True):
         steps[place].append(batch)
     if not all(steps):
-        raise ValueError(f"{len(batches)} batches of {BATCH} do not fill {count} steps: take more tokens a step")
+        raise ValueError(
+            f"{len(batches)} batches of {BATCH} do not fill {count} steps: take more tokens a step"
+        )
     return steps

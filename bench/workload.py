@@ -82,9 +82,7 @@ def build_workload(
     data = {name: read(name, chosen[name][: sizes[name] * steps]) for name in MIX}
     # A small table is read again from its start.
     pool = {name: np.resize(np.arange(len(data[name])), sizes[name] * steps) for name in MIX}
-    batches = {
-        name: TaskBatches(data[name].lengths[pool[name]], sizes[name], seed, name) for name in MIX
-    }
+    batches = {name: TaskBatches(data[name].lengths[pool[name]], sizes[name], seed, name) for name in MIX}
     plans = [{name: pool[name][batches[name].batch(step)] for name in MIX} for step in range(steps)]
     source = "CS224N tables" if real else "synthetic sample"
     return Workload(source, encoder, encoder_folder, tasks, data, pool, plans)

@@ -48,7 +48,9 @@ def attention(
     )
     if implementation == "cpu":
         return _AttentionCpu.apply(qkv, cu_seqlens, max_seqlen, scale, dropout_row, active)
-    return reference.attention(qkv, cu_seqlens, max_seqlen, scale=scale, dropout_row=dropout_row, dropout=active)
+    return reference.attention(
+        qkv, cu_seqlens, max_seqlen, scale=scale, dropout_row=dropout_row, dropout=active
+    )
 
 
 class _AttentionCpu(torch.autograd.Function):

@@ -49,14 +49,18 @@ def check_parameter(
     check_tensor(operation, argument, tensor, shape, device=like.device)
 
 
-def check_dropout(operation: str, dropout_row: Tensor | None, dropout: Dropout | None, like: Tensor) -> Dropout | None:
+def check_dropout(
+    operation: str, dropout_row: Tensor | None, dropout: Dropout | None, like: Tensor
+) -> Dropout | None:
     """Check the rows of a mask against the first dimension of `like`; returns None where nothing is dropped."""
     if dropout is None or dropout.threshold == 0:
         return None
     if dropout_row is None:
         fail(operation, "dropout_row", "given when dropout is", "None")
     else:
-        check_tensor(operation, "dropout_row", dropout_row, (like.shape[0],), dtypes=(torch.int32,), device=like.device)
+        check_tensor(
+            operation, "dropout_row", dropout_row, (like.shape[0],), dtypes=(torch.int32,), device=like.device
+        )
     return dropout
 
 

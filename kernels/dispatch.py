@@ -68,9 +68,16 @@ def _reference(operation: str) -> Row:
     return Row(operation, "reference", ("reference",), (), "plain PyTorch serves every device and dtype")
 
 
-def _torch(operation: str) -> Row:
+def _products(operation: str) -> Row:
     reason = "matrix products are PyTorch's under every backend"
     return Row(operation, "torch", ("cpu", "triton", "cuda"), (), reason)
+
+
+def _products_cpu(operation: str) -> Row:
+    conditions = (_device("cpu"), _dtype(torch.float32, torch.bfloat16), _built("cpu", "column_sums"))
+    return Row(
+        operation, "cpu", ("cpu",), conditions, "PyTorch's matrix products, C++ for the sums around them"
+    )
 
 
 _HEAD_DIM = Condition(
@@ -79,6 +86,11 @@ _HEAD_DIM = Condition(
 )
 _ROW_LENGTH = Condition(
     lambda facts: facts.get("max_seqlen", 512) <= 4096, "rows may be at most 4096 tokens long (max_seqlen)"
+)
+
+_TABLE_DTYPE = Condition(
+    lambda facts: facts.get("table_dtype", torch.float32) in (torch.float32, torch.bfloat16),
+    "the tables' dtype must be float32 or bfloat16",
 )
 
 TABLE: tuple[Row, ...] = (
@@ -93,17 +105,20 @@ TABLE: tuple[Row, ...] = (
     _reference("dropout"),
     _cpu("attention", "attention_forward", _HEAD_DIM, _ROW_LENGTH),
     _reference("attention"),
-    _cpu("embedding", "embedding_forward"),
+    _cpu("embedding", "embedding_forward", _TABLE_DTYPE),
     _reference("embedding"),
     _cpu("add_layer_norm", "add_layer_norm_forward"),
     _reference("add_layer_norm"),
     _cpu("bias_gelu", "bias_gelu_forward"),
     _reference("bias_gelu"),
-    _torch("linear"),
+    _products_cpu("linear"),
+    _products("linear"),
     _reference("linear"),
-    _torch("lora_linear"),
+    _products_cpu("lora_linear"),
+    _products("lora_linear"),
     _reference("lora_linear"),
-    _torch("lora_qkv"),
+    _products_cpu("lora_qkv"),
+    _products("lora_qkv"),
     _reference("lora_qkv"),
 )
 OPERATIONS = tuple(dict.fromkeys(row.operation for row in TABLE))
@@ -146,17 +161,21 @@ def _failures(row: Row, facts: Facts) -> list[str]:
     return [condition.otherwise for condition in row.conditions if not condition.holds(facts)]
 
 
-def select(operation: str, *, device: str, dtype: torch.dtype, **shape: int) -> tuple[str, str]:
+def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> tuple[str, str]:
     """The implementation that serves a call, and why it does.
 
-    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen), where it matters.
+    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen, table_dtype), where it matters.
     Raises ConfigError where the backend was chosen by name and cannot serve the call.
     """
     if operation not in OPERATIONS:
-        raise ValueError(f"dispatch: unknown operation {operation!r}, expected one of {', '.join(OPERATIONS)}")
+        raise ValueError(
+            f"dispatch: unknown operation {operation!r}, expected one of {', '.join(OPERATIONS)}"
+        )
     facts = {"device": device, "dtype": dtype, **shape}
     chosen = backend()
-    rows = [row for row in TABLE if row.operation == operation and (chosen == "auto" or chosen in row.backends)]
+    rows = [
+        row for row in TABLE if row.operation == operation and (chosen == "auto" or chosen in row.backends)
+    ]
     problems = []
     for row in rows:
         failures = _failures(row, facts)
@@ -166,7 +185,9 @@ def select(operation: str, *, device: str, dtype: torch.dtype, **shape: int) -> 
     if not rows:
         raise ConfigError(f"kernels={chosen}: no {chosen} implementation of {operation} is available")
     name = str(dtype).removeprefix("torch.")
-    raise ConfigError(f"kernels={chosen} cannot serve {operation} for {name} on {device}: {'; '.join(problems)}")
+    raise ConfigError(
+        f"kernels={chosen} cannot serve {operation} for {name} on {device}: {'; '.join(problems)}"
+    )
 
 
 @dataclass(frozen=True)

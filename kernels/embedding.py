@@ -53,7 +53,16 @@ def embedding(
             ids, type_ids, positions, words, position_table, types, weight, bias, eps, dtype, rows, active
         )
     return reference.embedding(
-        ids, type_ids, positions, tables, weight, bias, eps=eps, dtype=dtype, dropout_row=dropout_row, dropout=active
+        ids,
+        type_ids,
+        positions,
+        tables,
+        weight,
+        bias,
+        eps=eps,
+        dtype=dtype,
+        dropout_row=dropout_row,
+        dropout=active,
     )
 
 
@@ -100,7 +109,8 @@ class _EmbeddingCpu(torch.autograd.Function):
         need_tables = ctx.needs_input_grad[3:6]
         grad = grad.contiguous()
         dtables = [
-            torch.zeros(table.shape) if need else None for table, need in zip(tables, need_tables, strict=True)
+            torch.zeros(table.shape) if need else None
+            for table, need in zip(tables, need_tables, strict=True)
         ]
         dweight, dbias = (torch.empty(weight.shape[0]) if need else None for need in (need_weight, need_bias))
         weight32 = weight.float()
@@ -112,7 +122,16 @@ class _EmbeddingCpu(torch.autograd.Function):
             dweight=extension.pointer(dweight),
             dbias=extension.pointer(dbias),
             **_arguments(
-                ids, type_ids, positions, tuple(tables), weight32, mean, rstd, grad.dtype, dropout_row, ctx.dropout
+                ids,
+                type_ids,
+                positions,
+                tuple(tables),
+                weight32,
+                mean,
+                rstd,
+                grad.dtype,
+                dropout_row,
+                ctx.dropout,
             ),
         )
         return (

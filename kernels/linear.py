@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, reference
+from . import dispatch, extension, reference
 from .checks import check_parameter, check_tensor
 
 
@@ -60,6 +60,18 @@ class _Linear(torch.autograd.Function):
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over tokens of grad [T, N], accumulated in at least float32."""
+    """The sum over tokens of a contiguous grad [T, N], accumulated in at least float32."""
+    implementation, _ = dispatch.select("linear", device=grad.device.type, dtype=grad.dtype)
+    if implementation == "cpu":
+        out = torch.empty(grad.shape[1])
+        extension.cpu().column_sums(
+            x=grad.data_ptr(),
+            out=out.data_ptr(),
+            rows=grad.shape[0],
+            columns=grad.shape[1],
+            dtype=extension.DTYPE_NAMES[grad.dtype],
+            threads=torch.get_num_threads(),
+        )
+        return out.to(dtype)
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return grad.sum(0, dtype=wide).to(dtype)

@@ -71,12 +71,16 @@ def lora_qkv(
     active = check_dropout("lora_qkv", dropout_row, dropout, x)
     implementation, _ = dispatch.select("lora_qkv", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
-        return reference.lora_qkv(x, weight, bias, adapters, scale=scale, dropout_row=dropout_row, dropout=active)
+        return reference.lora_qkv(
+            x, weight, bias, adapters, scale=scale, dropout_row=dropout_row, dropout=active
+        )
     flat = [part for adapter in adapters for part in (adapter if adapter is not None else (None, None))]
     return _Lora.apply(x, weight, bias, scale, dropout_row, active, 3, *flat)
 
 
-def _check_adapter(operation: str, argument: str, adapter: tuple[Tensor, Tensor], outputs: int, x: Tensor) -> None:
+def _check_adapter(
+    operation: str, argument: str, adapter: tuple[Tensor, Tensor], outputs: int, x: Tensor
+) -> None:
     a, b = adapter
     check_parameter(operation, f"{argument} a", a, (None, x.shape[1]), x)
     check_parameter(operation, f"{argument} b", b, (outputs, a.shape[0]), x)

@@ -45,7 +45,7 @@ from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.adamw import build_optimizer
 from mtbert.tasks.loading import SAMPLE, load_tables
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mtbert.train")  # __name__ is __main__ when it is run
 
 
 def main(arguments: list[str]) -> None:

@@ -120,6 +120,27 @@ static std::int64_t forward_scratch(std::int64_t length, std::int64_t width) {
     return 2 * (length + 1) * width + (2 * length + 2) * kQueryBlock + 2 * kQueryBlock * width + 8 * 16;
 }
 
+// Up to eight keys from j on of one vector of queries: change(n, probability) for the n-th, as words along the keys.
+template <class Words, class Change>
+MTBERT_INLINE void write_weights(const float* column, std::int64_t j, std::int64_t length, std::int64_t ld, float* weights,
+                                 Change change) {
+    const std::int64_t count = length - j < kDropoutLanes ? length - j : kDropoutLanes;
+    const float* source = column + j * ld;
+    float* target = weights + j / Words::kPack * ld;
+    if constexpr (Words::kPack == 1) {
+        for (int n = 0; n < count; ++n) store(target + n * ld, change(n, load(source + n * ld)));
+    } else {
+#if defined(MTBERT_USE_BF16)
+#pragma GCC unroll 4
+        for (int n = 0; n < kDropoutLanes; n += 2) {
+            if (n >= count) break;
+            const vf high = n + 1 < count ? change(n + 1, load(source + (n + 1) * ld)) : vf{};
+            store_as(target + n / 2 * ld, pair_words(change(n, load(source + n * ld)), high));
+        }
+#endif
+    }
+}
+
 template <class Words, class T>
 static void attention_forward_item(const AttentionArguments& a, const Stream* stream, AttentionItem item) {
     const std::int64_t length = item.length, width = a.head_dim;
@@ -154,28 +175,20 @@ static void attention_forward_item(const AttentionArguments& a, const Stream* st
             const vf total = exponentiate(scores + i, length, ld, a.scale * 1.44269504f);
             store(factors + i, splat(stream == nullptr ? 1.0f : stream->scale) / total);
             // Dropped probabilities become zeros; the factor above waits until the product with v.
-            if (stream != nullptr) {
+            const float* column = scores + i;
+            if (stream == nullptr) {
+                for (std::int64_t j = 0; j < length; j += kDropoutLanes) {
+                    write_weights<Words>(column, j, length, ld, weights + i, [](int, vf p) { return p; });
+                }
+            } else {
                 const KeyMask mask = KeyMask::make(stream, rows + i);
                 for (std::int64_t j = 0; j < length; j += kDropoutLanes) {
                     keep_t keep[kDropoutLanes];
                     KeyMask::draw(mask, static_cast<std::uint32_t>((item.head * kHeadColumns + j) / kDropoutLanes), keep);
-                    float* s = scores + j * ld + i;
-                    if (j + kDropoutLanes <= length) {
-#pragma GCC unroll 8
-                        for (int n = 0; n < kDropoutLanes; ++n) store(s + n * ld, kept(keep[n], load(s + n * ld)));
-                    } else {
-                        for (int n = 0; j + n < length; ++n) store(s + n * ld, kept(keep[n], load(s + n * ld)));
-                    }
+                    write_weights<Words>(column, j, length, ld, weights + i,
+                                         [&](int n, vf p) { return kept(keep[n], p); });
                 }
             }
-#if defined(MTBERT_USE_BF16)
-            if constexpr (Words::kPack == 2) {
-                for (std::int64_t j = 0; j < length; j += 2) {
-                    const vf high = j + 1 < length ? load(scores + (j + 1) * ld + i) : vf{};
-                    store_as(weights + j / 2 * ld + i, pair_words(load(scores + j * ld + i), high));
-                }
-            }
-#endif
         }
         gemm<Words>(count, width, key_words, {weights, 1, ld}, v_pairs, width, product, width);
         write_rows(product, count, width, factors, out + first * out_stride, out_stride);

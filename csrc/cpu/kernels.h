@@ -28,6 +28,15 @@ struct DropoutArguments {
     int threads;
 };
 
+struct ColumnSumsArguments {
+    const void* x;  // [rows, columns]
+    float* out;     // [columns]
+    std::int64_t rows;
+    std::int64_t columns;
+    DType dtype;
+    int threads;
+};
+
 struct AttentionArguments {
     const void* qkv;                 // [tokens, 3, heads, head_dim]
     const std::int32_t* cu_seqlens;  // [sequences + 1]
@@ -106,6 +115,7 @@ struct EmbeddingArguments {
 struct Kernels {
     const char* name;
     void (*dropout)(const DropoutArguments&);
+    void (*column_sums)(const ColumnSumsArguments&);
     void (*attention_forward)(const AttentionArguments&);
     void (*attention_backward)(const AttentionArguments&);
     void (*add_layer_norm_forward)(const AddLayerNormArguments&);

@@ -44,4 +44,32 @@ struct Partials {
     }
 };
 
+// ---- the sum over rows on its own: the gradient of a bias
+
+struct ColumnSums {
+    const ColumnSumsArguments& a;
+    Partials partials;
+};
+
+template <class T>
+static void column_sums_blocks(void* context, std::int64_t begin, std::int64_t end) {
+    const ColumnSums& sums = *static_cast<const ColumnSums*>(context);
+    const ColumnSumsArguments& a = sums.a;
+    for (std::int64_t block = begin; block < end; ++block) {
+        float* own = sums.partials.start(block);
+        const std::int64_t last = (block + 1) * kRowBlock < a.rows ? (block + 1) * kRowBlock : a.rows;
+        for (std::int64_t t = block * kRowBlock; t < last; ++t) {
+            const T* x = static_cast<const T*>(a.x) + t * a.columns;
+            for (std::int64_t c = 0; c < a.columns; c += W) add_to(own + c, load(x + c, a.columns - c), a.columns - c);
+        }
+    }
+}
+
+static void column_sums(const ColumnSumsArguments& a) {
+    ColumnSums sums{a, Partials::make(a.rows, 1, a.columns)};
+    parallel_for(row_blocks(a.rows), 1, a.threads,
+                 a.dtype == DType::kFloat32 ? column_sums_blocks<float> : column_sums_blocks<bf16>, &sums);
+    sums.partials.finish(0, a.out);
+}
+
 }  // namespace mtbert::MTBERT_ISA

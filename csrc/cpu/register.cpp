@@ -139,6 +139,22 @@ void dropout(Address x, Address out, Int rows, Int columns, const std::string& d
     table.dropout(a);
 }
 
+void column_sums(Address x, Address out, Int rows, Int columns, const std::string& dtype, Int threads) {
+    constexpr const char* kName = "column_sums";
+    check_size(kName, "rows", rows, 0);
+    check_size(kName, "columns", columns, 1);
+    ColumnSumsArguments a{};
+    a.dtype = dtype_of(kName, "dtype", dtype);
+    a.x = data(kName, "x", x, rows, a.dtype);
+    a.out = required<float>(kName, "out", out, columns);
+    a.rows = rows;
+    a.columns = columns;
+    a.threads = thread_count(kName, threads);
+    const Kernels& table = kernels();
+    py::gil_scoped_release release;
+    table.column_sums(a);
+}
+
 AttentionArguments attention_arguments(Address qkv, Address cu_seqlens, Int tokens, Int sequences, Int heads,
                                        Int head_dim, Int max_seqlen, double scale, const std::string& dtype, Int threads,
                                        Address dropout_row, std::uint64_t seed, Int step, Int site, Int threshold) {
@@ -398,6 +414,8 @@ void register_cpu(py::module_& m) {
     const std::string note = common;
     m.def("dropout", &dropout, arg("x"), arg("out"), arg("rows"), arg("columns"), arg("dtype"), arg("threads"), row, seed,
           step, site, threshold, ("out [rows, columns] = dropout(x); out may be x.\n\n" + note).c_str());
+    m.def("column_sums", &column_sums, arg("x"), arg("out"), arg("rows"), arg("columns"), arg("dtype"), arg("threads"),
+          ("out float32 [columns], the sum over the rows of x.\n\n" + note).c_str());
     m.def("attention_forward", &attention_forward, arg("qkv"), arg("cu_seqlens"), arg("out"), arg("tokens"),
           arg("sequences"), arg("heads"), arg("head_dim"), arg("max_seqlen"), arg("scale"), arg("dtype"), arg("threads"),
           row, seed, step, site, threshold,

@@ -22,6 +22,7 @@ class StepResult:
     """What a step gives back. Its tensors stay on the device: reading them is the caller's decision."""
 
     step: int
+    """Steps taken before this one."""
     losses: dict[str, Tensor]
     """Mean loss of each task over its rows of the step, 0-d float32, before the task's weight."""
     total: Tensor
@@ -46,13 +47,13 @@ class StepResult:
         named = {task: ids for task, ids in culprits.items() if ids}
         if named:
             what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in named.items())
-            raise NonFiniteError(f"step {self.step}: the loss is not finite. {what}. {_ADVICE}")
+            raise NonFiniteError(f"step {self.step + 1}: the loss is not finite. {what}. {_ADVICE}")
         ids_by_task: dict[str, list[str]] = {}
         for segment, _ in self.examples:
             ids_by_task.setdefault(segment.task, []).extend(segment.ids)
         what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in ids_by_task.items())
         raise NonFiniteError(
-            f"step {self.step}: every loss is finite, but the gradient is not (norm {float(self.grad_norm)})."
+            f"step {self.step + 1}: every loss is finite, but the gradient is not (norm {float(self.grad_norm)})."
             f" The step held {what}. {_ADVICE}"
         )
 

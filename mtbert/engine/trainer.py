@@ -284,6 +284,7 @@ class Trainer:
             state={
                 "progress": self.progress.to_json(),
                 "curriculum": self.curriculum.state(),
+                "window": vars(self._window),
                 "fingerprint": self.fingerprint,
             },
             best_step=self.progress.best_step,
@@ -309,6 +310,7 @@ class Trainer:
             restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
             self.curriculum.restore(checkpoint.state["curriculum"])
             self.progress = Progress.from_json(checkpoint.state["progress"])
+            self._window = _Window(**checkpoint.state["window"])
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         self.log.rewind(self.progress.step)

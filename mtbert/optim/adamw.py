@@ -34,7 +34,7 @@ class OptimizerConfig:
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e3:
-                raise ConfigError(f"optim.{name}: expected a number above 0, found {value}")
+                raise ConfigError(f"optim.{name}: expected a number above 0 and below 1000, found {value}")
         for name in ("weight_decay", "clip_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"optim.{name}: expected at least 0, found {getattr(self, name)}")

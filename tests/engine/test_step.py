@@ -98,7 +98,7 @@ def test_a_non_finite_loss_names_task_step_and_examples_and_spares_the_weights(
         assert torch.equal(value.nan_to_num(123.0), before[name].nan_to_num(123.0)), name
     for index, state in assembly.step.optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[k], moments[index][k]) for k in state)
-    with pytest.raises(NonFiniteError, match=r"step 7: .*task para: examples synthetic-para-train") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 8: .*task para: examples synthetic-para-train") as caught:
         result.check()
     assert "task sst" not in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_a_non_finite_gradient_with_finite_losses_stops_too(tiny_bert: Path, tmp
     before = parameter.detach().clone()
     result = assembly.step({name: b.batch(0) for name, b in assembly.batches.items()}, 2)
     assert torch.equal(parameter.detach(), before)
-    with pytest.raises(NonFiniteError, match="step 2: every loss is finite, but the gradient is not"):
+    with pytest.raises(NonFiniteError, match="step 3: every loss is finite, but the gradient is not"):
         result.check()
 
 

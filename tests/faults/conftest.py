@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -94,8 +95,10 @@ class Workplace:
         training.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    if not hasattr(os, "fork"):
+        pytest.skip("trainings are started by fork and ended by SIGKILL")
     folder = tmp_path_factory.mktemp("trainings")
     write_tables(folder / "tables")
     write_tiny_bert(folder / "bert")
@@ -103,7 +106,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         yield Workplace(server, folder / "tables", folder / "bert")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(workplace: Workplace) -> Path:
     """The folder of a run without any fault, up to its last checkpoint."""
     run = workplace.server.folder / "uninterrupted"

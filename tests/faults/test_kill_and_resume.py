@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from support.tiny_bert import write_tiny_bert
 
+from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.errors import CheckpointError
+
 from .conftest import STEPS, Workplace, assert_same_run, copy_run, newest, steps_logged
 
 MODES = {
@@ -32,7 +35,7 @@ def test_a_process_of_its_own_killed_and_resumed(
     command = [sys.executable, "-m", "mtbert.train"]
     arguments = [str(argument) for argument in workplace.arguments(run)]
     with subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.DEVNULL) as first:
-        while steps_logged(run) < STEPS // 2 and first.poll() is None:
+        while steps_logged(run) < 6 and first.poll() is None:
             time.sleep(0.002)
         assert first.poll() is None
         first.send_signal(signal.SIGKILL)
@@ -58,7 +61,7 @@ def test_every_mode(workplace: Workplace, tmp_path: Path, options: list[str]) ->
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     workplace.train_to_the_last_checkpoint(workplace.start(straight, *options), straight)
     training = workplace.start(killed, *options)
-    assert workplace.train_to_step(training, killed, 9)
+    assert workplace.train_to_step(training, killed, 6)
     training.kill()
     assert not (killed / "checkpoints" / f"step-{STEPS}").exists(), "the kill came too late to prove anything"
     workplace.train_to_the_last_checkpoint(workplace.resume(killed), killed)
@@ -154,27 +157,27 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     assert f"{name} is damaged" in training.out
     assert training.until(lambda: "is damaged" in (run / "log.txt").read_text())
     # The repaired run has replaced the damaged checkpoint when the next one is complete.
-    assert training.until(lambda: not list((run / "checkpoints").glob(".*")) and _whole(path.parent))
+    assert training.until(lambda: not list((run / "checkpoints").glob(".*")) and whole(path.parent))
     training.kill()
     assert_same_run(run, uninterrupted)
 
 
-def _whole(checkpoint: Path) -> bool:
-    problems: list[str] = []
-    found = newest_or_problem(checkpoint.parent.parent, problems)
-    return found == checkpoint and not problems
-
-
-def newest_or_problem(run: Path, problems: list[str]) -> Path | None:
-    from mtbert.engine.checkpoint import CheckpointStore
-    from mtbert.errors import CheckpointError
-
+def whole(checkpoint: Path) -> bool:
     try:
-        found = CheckpointStore(run / "checkpoints").load_newest(problems.append)
-    except CheckpointError as error:
-        problems.append(str(error))
-        return None
-    return None if found is None else found.path
+        CheckpointStore(checkpoint.parent).load(STEPS)
+    except CheckpointError:
+        return False
+    return True
+
+
+def test_another_number_of_threads_is_warned_of(workplace: Workplace, uninterrupted: Path, run: Path) -> None:
+    copy_run(uninterrupted, run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("threads: 1", "threads: 2"))
+    training = workplace.resume(run)
+    assert training.until(lambda: "resumed from step" in training.out)
+    training.kill()
+    assert "not bit for bit: threads: 1 then, 2 now" in training.out
 
 
 def test_all_checkpoints_damaged(workplace: Workplace, uninterrupted: Path, run: Path) -> None:

@@ -15,12 +15,12 @@ def test_a_stop_leaves_a_checkpoint_and_says_where(
     workplace: Workplace, uninterrupted: Path, run: Path, number: signal.Signals
 ) -> None:
     training = workplace.start(run)
-    assert workplace.train_to_step(training, run, 9)
+    assert workplace.train_to_step(training, run, 4)
     training.signal(number)
     assert training.wait() == 130
     found = newest(run)
     assert found is not None
-    assert 9 <= found.step < STEPS, "the signal came too late to prove anything"
+    assert 4 <= found.step < STEPS, "the signal came too late to prove anything"
     assert training.err == f"stopped after step {found.step}; the checkpoint is {found.path}\n"
     assert f"{number.name}: stopping after this step" in (run / "log.txt").read_text()
     workplace.train_to_the_last_checkpoint(workplace.resume(run), run)

@@ -19,11 +19,20 @@ PACKAGE = Path(mtbert.__file__).parent
 PARITY = "Parity with the reference"
 
 
-def run_doctor(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The doctor of the package in a folder, or of the installed one where the folder holds none."""
-    command = [sys.executable, "-m", "mtbert.doctor", *arguments]
+# An editable install finds mtbert._C and mtbert.kernels in its checkout whatever the current folder holds, so the
+# doctor of a copy runs without its finder.
+ISOLATED = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if finder.__module__.startswith("_frozen_importlib")]
+runpy.run_module("mtbert.doctor", run_name="__main__", alter_sys=True)
+"""
+
+
+def run_doctor(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "MTBERT_KERNELS"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 def findings(done: subprocess.CompletedProcess[str], section: str) -> dict[str, dict[str, str]]:
@@ -35,11 +44,13 @@ def copied_package(tmp_path: Path) -> Path:
     """A folder with a copy of the package that has no extension."""
     ignored = shutil.ignore_patterns("_C*", installation.RECORD_NAME, "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "mtbert", ignore=ignored)
+    kernels = Path(parity.kernels.__file__).parent
+    shutil.copytree(kernels, tmp_path / "mtbert" / "kernels", ignore=ignored, dirs_exist_ok=True)
     return tmp_path
 
 
 def test_this_installation_is_whole(tmp_path: Path) -> None:
-    done = run_doctor(tmp_path, "--json")
+    done = run_doctor(["-m", "mtbert.doctor", "--json"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is True
@@ -54,7 +65,7 @@ def test_missing_extension_is_a_warning_with_its_reason(copied_package: Path) ->
     problem = {"missing": "extension", "why": "no C++ compiler: because of this test", "then": ""}
     record = {installation.extension_suffix(): {"extension": None, "problems": [problem]}}
     (copied_package / "mtbert" / installation.RECORD_NAME).write_text(json.dumps(record))
-    done = run_doctor(copied_package, "--json")
+    done = run_doctor(["-c", ISOLATED, "--json"], copied_package)
     assert done.returncode == 0, done.stdout + done.stderr
     finding = findings(done, "Extension")["mtbert._C"]
     assert finding["status"] == "warning"
@@ -65,7 +76,7 @@ def test_missing_extension_is_a_warning_with_its_reason(copied_package: Path) ->
 
 def test_broken_extension_is_named_without_a_traceback(copied_package: Path) -> None:
     (copied_package / "mtbert" / f"_C{installation.extension_suffix()}").write_bytes(b"not a library")
-    done = run_doctor(copied_package)
+    done = run_doctor(["-c", ISOLATED], copied_package)
     assert done.returncode == 1
     assert "broken" in done.stdout
     assert "is there but cannot be imported" in done.stdout
@@ -137,3 +148,18 @@ def test_missing_package_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["numpy"] == "ok"
     assert found["no-such-package"] == "broken"
     assert "no-such-tool" not in found
+
+
+def test_a_checkout_that_is_not_installed_says_how_to_install(copied_package: Path) -> None:
+    shutil.rmtree(copied_package / "mtbert" / "kernels")
+    done = run_doctor(["-c", ISOLATED], copied_package)
+    assert done.returncode != 0
+    assert "ImportError: mtbert is not installed" in done.stderr
+    assert "pip install -e ." in done.stderr
+
+
+def test_kernels_of_another_copy_are_noticed(copied_package: Path) -> None:
+    shutil.rmtree(copied_package / "mtbert" / "kernels")
+    done = run_doctor(["-c", "import mtbert"], copied_package)
+    assert "RuntimeWarning: mtbert comes from" in done.stderr
+    assert "another copy" in done.stderr
