@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Side
-from bench.workload import Workload
+from bench.workload import GROUP, Workload
 from mtbert.data.dataset import TaskData
 from mtbert.model.lora import LoraConfig
 from mtbert.optim.adamw import OptimizerConfig
 from mtbert.tasks.registry import Task
 
-BATCH = 32
+BATCH = GROUP
 
 
 def hide_kernels_folder() -> None:
@@ -72,30 +72,36 @@ class PlainLoop:
         *,
         dtype: torch.dtype,
         bucketed: bool,
+        step_every_batch: bool = False,
         lora: LoraConfig | None = None,
         dropout: float = 0.1,
         seed: int = 0,
     ) -> None:
-        """bucketed: batches of examples of like length, as `group_by_length` makes them; else shuffled ones."""
+        """bucketed: batches of examples of like length, as `group_by_length` makes them; else shuffled ones.
+        step_every_batch: update after each batch of 32, as most loops do, instead of accumulating a step's tokens."""
         self.workload = workload
         self.device = device
         self.dtype = dtype
         self.model = build_model(workload, lora, dropout, seed).to(device).train()
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.step_every_batch = step_every_batch
         self.clip_norm = OptimizerConfig().clip_norm
         self.rows = {name: _rows(data, workload.pool[name]) for name, data in workload.data.items()}
         self.steps = _cut(workload, _batches(workload, bucketed, np.random.default_rng(seed)))
 
     def __call__(self, repeat: int) -> float:
-        """One optimizer step; returns its useful tokens."""
-        tokens = self.accumulate(repeat)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
+        """Train on the batches of one step; returns its useful tokens."""
+        step = self.steps[repeat % len(self.steps)]
+        parts = [[batch] for batch in step] if self.step_every_batch else [step]
+        tokens = 0
+        for part in parts:
+            tokens += self.accumulate(part)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            self.optimizer.step()
         return tokens
 
-    def accumulate(self, repeat: int) -> int:
-        """Leaves the gradient of a step in `.grad`; returns its useful tokens."""
-        step = self.steps[repeat % len(self.steps)]
+    def accumulate(self, step: list[Batch]) -> int:
+        """Leaves the gradient of these batches in `.grad`; returns their useful tokens."""
         examples: dict[str, int] = {}
         for batch in step:
             examples[batch.task] = examples.get(batch.task, 0) + len(batch.examples)

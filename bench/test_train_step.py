@@ -34,10 +34,23 @@ def own(
 
 
 def peer(
-    bench: Bench, name: str, precision: Precision, *, bucketed: bool, lora: LoraConfig | None = None
+    bench: Bench,
+    name: str,
+    precision: Precision,
+    *,
+    bucketed: bool,
+    step_every_batch: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Candidate:
     def build() -> Side:
-        loop = PlainLoop(bench.workload, bench.device, dtype=DTYPES[precision], bucketed=bucketed, lora=lora)
+        loop = PlainLoop(
+            bench.workload,
+            bench.device,
+            dtype=DTYPES[precision],
+            bucketed=bucketed,
+            step_every_batch=step_every_batch,
+            lora=lora,
+        )
         return loop_side(name, loop)
 
     needs = ("transformers",) if lora is None else ("transformers", "peft")
@@ -57,6 +70,7 @@ def test_full_fine_tuning(bench: Bench, benchmark: Any, fast: Precision) -> None
         [
             own(bench, mtbert, fast),
             peer(bench, bucketed, fast, bucketed=True),
+            peer(bench, f"{bucketed}, a step a batch", fast, bucketed=True, step_every_batch=True),
             peer(bench, f"transformers stock {fast}", fast, bucketed=False),
         ],
         benchmark,

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from mtbert.curriculum import Plan
-from mtbert.data.batching import TaskBatches
 from mtbert.data.dataset import TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
@@ -23,7 +22,9 @@ REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MIX = {"sst": 24, "para": 64, "sts": 17}
 """Examples of each task in a step: these proportions (those of the preset `minilm`), scaled to the tokens."""
 MAX_LENGTH = 128
+GROUP = 32
 _SHORTEST = 8
+_AT_LEAST = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Workload:
     tasks: dict[str, Task]
     data: dict[str, TaskData]
     pool: dict[str, np.ndarray]
-    """Examples of each task, indices into its data."""
+    """Examples of each task in random order, indices into its data."""
     steps: list[Plan]
 
     @property
@@ -60,7 +61,9 @@ def build_workload(
 ) -> Workload:
     """Cross-encoder rows of three tasks from `folder`, or from the built-in sample where there is none.
 
-    `encoder` names the tokeniser (and the model that the sides will train).
+    `encoder` names the tokeniser (and the model that the sides will train). A pool of a few hundred examples
+    is too small to find batches of like length in, as one can in an epoch. So the pool is drawn in groups of GROUP
+    examples that are neighbours in length among thousands, at even distances from the shortest to the longest.
     """
     real = folder is not None and all((folder / get_task(name).files["train"]).is_file() for name in MIX)
     tasks = {name: get_task(name) for name in MIX}
@@ -68,24 +71,38 @@ def build_workload(
     encoder_folder = resolve(encoder)
     tokeniser = Tokeniser.from_folder(encoder_folder)
     generator = np.random.default_rng(seed)
-    most = tokens_per_step * steps // _SHORTEST  # rows that can be needed
-    chosen = {name: generator.permutation(len(tables[name]["train"]))[:most] for name in MIX}
 
     def read(name: str, rows: np.ndarray) -> TaskData:
         config = TaskConfig(max_length=MAX_LENGTH)
         tokenised = tokenise(_rows(tables[name]["train"], rows), tokeniser)
         return TaskData(name, tokenised, form=form_of(tasks[name], config), max_length=MAX_LENGTH)
 
-    means = {name: float(read(name, chosen[name]).lengths.mean()) for name in MIX}
-    scale = tokens_per_step / sum(MIX[name] * means[name] for name in MIX)
-    sizes = {name: max(1, round(scale * MIX[name])) for name in MIX}
-    data = {name: read(name, chosen[name][: sizes[name] * steps]) for name in MIX}
-    # A small table is read again from its start.
-    pool = {name: np.resize(np.arange(len(data[name])), sizes[name] * steps) for name in MIX}
-    batches = {name: TaskBatches(data[name].lengths[pool[name]], sizes[name], seed, name) for name in MIX}
-    plans = [{name: pool[name][batches[name].batch(step)] for name in MIX} for step in range(steps)]
+    total = tokens_per_step * steps
+    most = max(_AT_LEAST, total // _SHORTEST)
+    candidates = {name: generator.permutation(len(tables[name]["train"]))[:most] for name in MIX}
+    lengths = {name: read(name, candidates[name]).lengths for name in MIX}
+    scale = total / sum(MIX[name] * float(lengths[name].mean()) for name in MIX)
+    data = {}
+    for name in MIX:
+        groups = max(1, round(scale * MIX[name] / GROUP))
+        data[name] = read(name, candidates[name][_like_lengths(lengths[name], groups)])
+    pool = {name: generator.permutation(len(data[name])) for name in MIX}
     source = "CS224N tables" if real else "synthetic sample"
+    plans = [{name: _dealt(data[name].lengths, pool[name], k, steps) for name in MIX} for k in range(steps)]
     return Workload(source, encoder, encoder_folder, tasks, data, pool, plans)
+
+
+def _like_lengths(lengths: np.ndarray, groups: int) -> np.ndarray:
+    """`groups` groups of GROUP places that follow each other in order of length, spread evenly over that order."""
+    order = np.argsort(lengths, kind="stable")
+    last = max(0, len(order) - GROUP)
+    begins = np.round((np.arange(groups) + 0.5) / groups * last).astype(int)
+    return np.concatenate([order[begin : begin + GROUP] for begin in begins])
+
+
+def _dealt(lengths: np.ndarray, pool: np.ndarray, step: int, steps: int) -> np.ndarray:
+    """One step's share of the pool: every so many-th example in order of length, as TaskBatches deals them."""
+    return pool[np.argsort(lengths[pool], kind="stable")][step::steps]
 
 
 def _rows(table: Table, chosen: np.ndarray) -> Table:

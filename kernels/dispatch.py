@@ -164,7 +164,7 @@ def _failures(row: Row, facts: Facts) -> list[str]:
 def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> tuple[str, str]:
     """The implementation that serves a call, and why it does.
 
-    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen, table_dtype), where it matters.
+    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen, table_dtype).
     Raises ConfigError where the backend was chosen by name and cannot serve the call.
     """
     if operation not in OPERATIONS:
@@ -176,7 +176,7 @@ def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> 
     rows = [
         row for row in TABLE if row.operation == operation and (chosen == "auto" or chosen in row.backends)
     ]
-    problems = []
+    problems: list[str] = []
     for row in rows:
         failures = _failures(row, facts)
         if not failures:

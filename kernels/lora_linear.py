@@ -89,7 +89,7 @@ def _check_adapter(
 class _Lora(torch.autograd.Function):
     """`blocks` stacked products with an adapter each, done as two thin products for all of them.
 
-    The adapters' A are stacked to [R, K] (R: the sum of the ranks) and scale * B stand in the blocks of a block-diagonal
+    The adapters' A are stacked to [R, K] (R: the sum of the ranks), scale * B are the blocks of a block-diagonal
     [N, R]. Saved are x, s = dropout(x) A^T and the small matrices; dropout(x) is made again in the backward pass.
     """
 
@@ -107,10 +107,10 @@ class _Lora(torch.autograd.Function):
     ) -> Tensor:
         cast_weight = weight.to(x.dtype)
         out = F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
-        pairs = [pair for pair in zip(adapters[::2], adapters[1::2], strict=True) if pair[0] is not None]
+        present = [a for a in adapters[::2] if a is not None]
         stacked_a = stacked_b = s = None
-        if pairs:
-            stacked_a = torch.cat([a for a, _ in pairs]).to(x.dtype)
+        if present:
+            stacked_a = torch.cat(present).to(x.dtype)
             stacked_b = _block_diagonal(adapters, weight.shape[0] // blocks, scale, x)
             s = _dropped(x, dropout_row, dropout) @ stacked_a.t()
             out.addmm_(s, stacked_b.t())
@@ -145,18 +145,18 @@ class _Lora(torch.autograd.Function):
             ds = grad @ stacked_b
             if dx is not None:
                 dx += _dropped(ds @ stacked_a, dropout_row, dropout)
-            da = ds.t() @ _dropped(x, dropout_row, dropout) if any(need_adapters[::2]) else None
-            db = grad.t() @ s if any(need_adapters[1::2]) else None
             outputs = grad.shape[1] // blocks
-            first = 0
-            for block, rank in enumerate(ctx.ranks):
-                rows = slice(first, first + rank)
-                first += rank
-                if need_adapters[2 * block]:
-                    dadapters[2 * block] = da[rows].to(adapter_dtypes[2 * block])
-                if need_adapters[2 * block + 1]:
-                    own = db[block * outputs : (block + 1) * outputs, rows]
-                    dadapters[2 * block + 1] = (own.to(adapter_dtypes[2 * block + 1]) * scale).contiguous()
+            if any(need_adapters[::2]):
+                da = (ds.t() @ _dropped(x, dropout_row, dropout)).split(ctx.ranks)
+                for index in range(0, 2 * blocks, 2):
+                    if need_adapters[index]:
+                        dadapters[index] = da[index // 2].to(adapter_dtypes[index])
+            if any(need_adapters[1::2]):
+                db = (grad.t() @ s).split(ctx.ranks, dim=1)
+                for index in range(1, 2 * blocks, 2):
+                    if need_adapters[index]:
+                        own = db[index // 2][index // 2 * outputs : (index // 2 + 1) * outputs]
+                        dadapters[index] = (own.to(adapter_dtypes[index]) * scale).contiguous()
         return dx, dweight, dbias, None, None, None, None, *dadapters
 
 

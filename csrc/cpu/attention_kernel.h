@@ -77,10 +77,15 @@ MTBERT_INLINE vf exponentiate(float* scores, std::int64_t length, std::int64_t l
     const vf slope = splat(factor);
     const vf offset = greatest * slope;
     vf total = {};
-    for (std::int64_t j = 0; j < length; ++j) {
-        const vf p = exp2_nonpositive(load(scores + j * ld) * slope - offset);
-        store(scores + j * ld, p);
-        total += p;
+    for (std::int64_t group = 0; group < length; group += 32) {
+        const std::int64_t end = group + 32 < length ? group + 32 : length;
+        vf subtotal = {};
+        for (std::int64_t j = group; j < end; ++j) {
+            const vf p = exp2_nonpositive(load(scores + j * ld) * slope - offset);
+            store(scores + j * ld, p);
+            subtotal += p;
+        }
+        total += subtotal;
     }
     return total;
 }
@@ -255,33 +260,35 @@ static void attention_backward_item(const AttentionArguments& a, const Stream* s
         for (std::int64_t i = 0; i < ld; i += W) {
             const vf inverse = splat(1.0f) / exponentiate(p + i, length, ld, a.scale * 1.44269504f);
             vf delta = {};  // sum over keys of probability times its gradient
-            const auto visit = [&](std::int64_t j, vf probability, vf gradient, vf dropped) {
-                delta += probability * gradient;
-                store(p + j * ld + i, probability);
-                store(dp + j * ld + i, gradient);
-                if constexpr (kPack == 1) {
-                    store(p_dropped + j * word_ld + i, dropped);
+            const vf dropout_scale = splat(stream == nullptr ? 1.0f : stream->scale);
+            for (std::int64_t group = 0; group < length; group += kDropoutLanes) {
+                vf group_delta = {};
+                const auto visit = [&](std::int64_t j, vf probability, vf gradient, vf dropped)
+                    __attribute__((always_inline)) {
+                    group_delta += probability * gradient;
+                    store(p + j * ld + i, probability);
+                    store(dp + j * ld + i, gradient);
+                    if constexpr (kPack == 1) {
+                        store(p_dropped + j * word_ld + i, dropped);
+                    } else {
+                        store(reinterpret_cast<bf16*>(p_dropped + j * word_ld) + i, dropped);
+                    }
+                };
+                if (stream == nullptr) {
+                    const std::int64_t end = group + kDropoutLanes < length ? group + kDropoutLanes : length;
+                    for (std::int64_t j = group; j < end; ++j) {
+                        const vf probability = load(p + j * ld + i) * inverse;
+                        visit(j, probability, load(dp + j * ld + i), probability);
+                    }
                 } else {
-                    store(reinterpret_cast<bf16*>(p_dropped + j * word_ld) + i, dropped);
-                }
-            };
-            if (stream == nullptr) {
-                for (std::int64_t j = 0; j < length; ++j) {
-                    const vf probability = load(p + j * ld + i) * inverse;
-                    visit(j, probability, load(dp + j * ld + i), probability);
-                }
-            } else {
-                const KeyMask mask = KeyMask::make(stream, rows + i);
-                const vf scale = splat(stream->scale);
-                for (std::int64_t group = 0; group < length; group += kDropoutLanes) {
                     keep_t keep[kDropoutLanes];
-                    KeyMask::draw(mask, static_cast<std::uint32_t>((item.head * kHeadColumns + group) / kDropoutLanes),
-                                  keep);
+                    KeyMask::draw(KeyMask::make(stream, rows + i),
+                                  static_cast<std::uint32_t>((item.head * kHeadColumns + group) / kDropoutLanes), keep);
                     const auto masked = [&](int n) __attribute__((always_inline)) {
                         const std::int64_t j = group + n;
                         const vf probability = load(p + j * ld + i) * inverse;
-                        visit(j, probability, kept(keep[n], load(dp + j * ld + i) * scale),
-                              kept(keep[n], probability * scale));
+                        visit(j, probability, kept(keep[n], load(dp + j * ld + i) * dropout_scale),
+                              kept(keep[n], probability * dropout_scale));
                     };
                     if (group + kDropoutLanes <= length) {
 #pragma GCC unroll 8
@@ -290,6 +297,7 @@ static void attention_backward_item(const AttentionArguments& a, const Stream* s
                         for (int n = 0; group + n < length; ++n) masked(n);
                     }
                 }
+                delta += group_delta;
             }
             const vf scale = splat(a.scale);
             const auto gradient = [&](std::int64_t j) __attribute__((always_inline)) {

@@ -59,9 +59,11 @@ static void bias_gelu_backward_blocks(void* context, std::int64_t begin, std::in
     const BiasGeluBackward& backward = *static_cast<const BiasGeluBackward*>(context);
     const BiasGeluArguments& a = backward.a;
     for (std::int64_t block = begin; block < end; ++block) {
-        float* dbias = a.dbias == nullptr ? nullptr : backward.partials.start(block);
+        float* sums = backward.partials.start(block);
+        float* dbias = a.dbias == nullptr ? nullptr : sums;
         const std::int64_t last = (block + 1) * kRowBlock < a.rows ? (block + 1) * kRowBlock : a.rows;
         for (std::int64_t t = block * kRowBlock; t < last; ++t) {
+            backward.partials.next_row(block, t);
             const T* x = static_cast<const T*>(a.x) + t * a.columns;
             const T* dout = static_cast<const T*>(a.dout) + t * a.columns;
             for (std::int64_t c = 0; c < a.columns; c += W) {
@@ -73,6 +75,7 @@ static void bias_gelu_backward_blocks(void* context, std::int64_t begin, std::in
                 if (dbias != nullptr) add_to(dbias + c, d, n);
             }
         }
+        backward.partials.flush(block);
     }
 }
 

@@ -50,20 +50,25 @@ struct Statistics {
     float rstd;
 };
 
-// Of values [columns] in scratch, whose padding may hold anything. Two passes: no cancellation.
+// Of values [columns] in scratch, whose padding may hold anything. Two passes, so that a large mean does not eat the
+// variance; the second also mends what rounding left of the mean.
 MTBERT_INLINE Statistics statistics(const float* values, std::int64_t columns, float eps) {
     vf total = {};
     for (std::int64_t c = 0; c < columns; c += W) total += load(values + c, columns - c);
-    const float mean = sum(total) / static_cast<float>(columns);
-    vf squares = {};
+    const float share = 1.0f / static_cast<float>(columns);
+    const float mean = sum(total) * share;
+    vf rest = {}, squares = {};
     for (std::int64_t c = 0; c < columns; c += W) {
         vf centred = load(values + c, columns - c) - splat(mean);
         if (columns - c < W) {
             for (int i = static_cast<int>(columns - c); i < W; ++i) centred[i] = 0.0f;
         }
+        rest += centred;
         squares += centred * centred;
     }
-    return {mean, 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(columns) + eps)};
+    const float correction = sum(rest) * share;
+    const float variance = sum(squares) * share - correction * correction;
+    return {mean + correction, 1.0f / __builtin_sqrtf((variance > 0.0f ? variance : variance * 0.0f) + eps)};
 }
 
 // The gradient of LayerNorm's input for one row: normal [columns] holds the normalised values, scaled [columns] the
@@ -136,7 +141,7 @@ static void add_layer_norm_backward_blocks(void* context, std::int64_t begin, st
     const RowScratch scratch = RowScratch::make(a.columns);
     const RowMask mask(a.mask, scratch.lanes);
     for (std::int64_t block = begin; block < end; ++block) {
-        float* sums = backward.partials.kinds == 0 ? nullptr : backward.partials.start(block);
+        float* sums = backward.partials.start(block);
         float* dweight = a.dweight == nullptr ? nullptr : sums;
         if (a.dweight != nullptr) sums += a.columns;
         float* dbias = a.dbias == nullptr ? nullptr : sums;
@@ -144,6 +149,7 @@ static void add_layer_norm_backward_blocks(void* context, std::int64_t begin, st
         float* dlinear_bias = a.dlinear_bias == nullptr ? nullptr : sums;
         const std::int64_t last = (block + 1) * kRowBlock < a.rows ? (block + 1) * kRowBlock : a.rows;
         for (std::int64_t t = block * kRowBlock; t < last; ++t) {
+            backward.partials.next_row(block, t);
             mask.draw(t, a.columns);
             add_row<T>(a, t, mask, scratch.values);
             const T* dout = static_cast<const T*>(a.dout) + t * a.columns;
@@ -167,6 +173,7 @@ static void add_layer_norm_backward_blocks(void* context, std::int64_t begin, st
                 if (dlinear_bias != nullptr) add_to(dlinear_bias + c, branch, n);
             }
         }
+        backward.partials.flush(block);
     }
 }
 
@@ -238,12 +245,13 @@ static void embedding_backward_blocks(void* context, std::int64_t begin, std::in
     const RowScratch scratch = RowScratch::make(a.columns);
     const RowMask mask(a.mask, scratch.lanes);
     for (std::int64_t block = begin; block < end; ++block) {
-        float* sums = backward.partials.kinds == 0 ? nullptr : backward.partials.start(block);
+        float* sums = backward.partials.start(block);
         float* dweight = a.dweight == nullptr ? nullptr : sums;
         if (a.dweight != nullptr) sums += a.columns;
         float* dbias = a.dbias == nullptr ? nullptr : sums;
         const std::int64_t last = (block + 1) * kRowBlock < a.rows ? (block + 1) * kRowBlock : a.rows;
         for (std::int64_t t = block * kRowBlock; t < last; ++t) {
+            backward.partials.next_row(block, t);
             mask.draw(t, a.columns);
             look_up_row<Table>(a, t, scratch.values);
             const T* dout = static_cast<const T*>(a.dout) + t * a.columns;
@@ -261,6 +269,7 @@ static void embedding_backward_blocks(void* context, std::int64_t begin, std::in
             __builtin_memcpy(backward.dsum + t * a.columns, scratch.more,
                              static_cast<std::size_t>(a.columns) * sizeof(float));
         }
+        backward.partials.flush(block);
     }
 }
 
@@ -288,7 +297,7 @@ static void embedding_backward(const EmbeddingArguments& a) {
     const std::int64_t kinds = (a.dweight != nullptr) + (a.dbias != nullptr);
     const bool scatters = a.dtables[0] != nullptr || a.dtables[1] != nullptr || a.dtables[2] != nullptr;
     // The partial sums and the rows' gradients share one piece of memory.
-    const std::int64_t sums = row_blocks(a.rows) * kinds * a.columns;
+    const std::int64_t sums = Partials::floats(a.rows, kinds, a.columns);
     const std::int64_t floats = sums + (scatters ? a.rows * a.columns : 0);
     float* memory =
         static_cast<float*>(thread_scratch(Scratch::kCall, static_cast<std::size_t>(floats) * sizeof(float)));

@@ -36,7 +36,7 @@ static void micro_gemm(std::int64_t k_count, Operand a, const float* b, std::int
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sums[m][n] = accumulate ? load(c + m * ldc + n * W) : vf{};
+        for (int n = 0; n < N; ++n) sums[m][n] = vf{};
     const float* a_k = a.data;
     for (std::int64_t k = 0; k < k_count; ++k) {
         vf b_k[N];
@@ -54,7 +54,10 @@ static void micro_gemm(std::int64_t k_count, Operand a, const float* b, std::int
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(c + m * ldc + n * W, sums[m][n]);
+        for (int n = 0; n < N; ++n) {
+            float* target = c + m * ldc + n * W;
+            store(target, accumulate ? load(target) + sums[m][n] : sums[m][n]);
+        }
 }
 
 // Tiles that the registers hold: 32 of them with AVX512, 16 without.
@@ -97,10 +100,9 @@ static void gemm_columns(std::int64_t m_count, std::int64_t k_count, Operand a, 
     }
 }
 
-// n_count is a multiple of W.
 template <class Words>
-static void gemm(std::int64_t m_count, std::int64_t n_count, std::int64_t k_count, Operand a, const float* b,
-                 std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate = false) {
+static void gemm_tiles(std::int64_t m_count, std::int64_t n_count, std::int64_t k_count, Operand a, const float* b,
+                       std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate) {
     std::int64_t vectors = n_count / W;
     std::int64_t tiles = (vectors + kMaxVectors - 1) / kMaxVectors;
     while (vectors > 0) {
@@ -122,6 +124,21 @@ static void gemm(std::int64_t m_count, std::int64_t n_count, std::int64_t k_coun
         c += width * W;
         vectors -= width;
         --tiles;
+    }
+}
+
+// Words of K that are summed in one go: long sums are added up from shorter ones, which lose less to rounding.
+constexpr std::int64_t kMostWords = 128;
+
+// n_count is a multiple of W.
+template <class Words>
+static void gemm(std::int64_t m_count, std::int64_t n_count, std::int64_t k_count, Operand a, const float* b,
+                 std::int64_t ldb, float* c, std::int64_t ldc, bool accumulate = false) {
+    for (std::int64_t k = 0; k < k_count; k += kMostWords) {
+        const std::int64_t words = k_count - k < kMostWords ? k_count - k : kMostWords;
+        gemm_tiles<Words>(m_count, n_count, words, a, b, ldb, c, ldc, accumulate || k > 0);
+        a.data += words * a.column;
+        b += words * ldb;
     }
 }
 

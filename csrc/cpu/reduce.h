@@ -13,24 +13,48 @@ MTBERT_INLINE std::int64_t row_blocks(std::int64_t rows) { return (rows + kRowBl
 
 MTBERT_INLINE void add_to(float* target, vf value, std::int64_t n) { store(target, load(target, n) + value, n); }
 
-// Sums of `kinds` kinds (one a wanted gradient) for each block of rows: memory [blocks, kinds, columns].
+// Sums of `kinds` kinds (one a wanted gradient) for each block of rows: memory [blocks, 2, kinds, columns]. The second
+// half of a block's memory holds the sums of a few rows, which go into the first every kRowGroup rows: adding few
+// numbers of like size at a time loses less to rounding.
 struct Partials {
+    static constexpr std::int64_t kRowGroup = 8;
+
     float* memory;
     std::int64_t blocks;
     std::int64_t kinds;
     std::int64_t columns;
 
-    MTBERT_INLINE Partials make(std::int64_t rows, std::int64_t kinds, std::int64_t columns) {
-        const std::int64_t blocks = row_blocks(rows);
-        const std::size_t bytes = static_cast<std::size_t>(blocks * kinds * columns) * sizeof(float);
-        return {static_cast<float*>(thread_scratch(Scratch::kCall, bytes)), blocks, kinds, columns};
+    MTBERT_INLINE std::int64_t floats(std::int64_t rows, std::int64_t kinds, std::int64_t columns) {
+        return row_blocks(rows) * 2 * kinds * columns;
     }
 
-    // The sums of one block, zeroed.
+    MTBERT_INLINE Partials make(std::int64_t rows, std::int64_t kinds, std::int64_t columns) {
+        const std::size_t bytes = static_cast<std::size_t>(floats(rows, kinds, columns)) * sizeof(float);
+        return {static_cast<float*>(thread_scratch(Scratch::kCall, bytes)), row_blocks(rows), kinds, columns};
+    }
+
+    float* block_sums(std::int64_t block) const { return memory + block * 2 * kinds * columns; }
+
+    // Zeroes a block; returns where its rows are to be added, [kinds, columns].
     float* start(std::int64_t block) const {
-        float* own = memory + block * kinds * columns;
-        __builtin_memset(own, 0, static_cast<std::size_t>(kinds * columns) * sizeof(float));
-        return own;
+        __builtin_memset(block_sums(block), 0, static_cast<std::size_t>(2 * kinds * columns) * sizeof(float));
+        return block_sums(block) + kinds * columns;
+    }
+
+    // Before each row t of a block.
+    void next_row(std::int64_t block, std::int64_t t) const {
+        if (t % kRowGroup == 0) flush(block);
+    }
+
+    // After the last row of a block.
+    void flush(std::int64_t block) const {
+        const std::int64_t count = kinds * columns;
+        float* whole = block_sums(block);
+        float* group = whole + count;
+        for (std::int64_t c = 0; c < count; c += W) {
+            add_to(whole + c, load(group + c, count - c), count - c);
+            store(group + c, vf{}, count - c);
+        }
     }
 
     // Kind `kind` summed over the blocks.
@@ -38,7 +62,7 @@ struct Partials {
         if (target == nullptr) return;
         __builtin_memset(target, 0, static_cast<std::size_t>(columns) * sizeof(float));
         for (std::int64_t b = 0; b < blocks; ++b) {
-            const float* own = memory + (b * kinds + kind) * columns;
+            const float* own = block_sums(b) + kind * columns;
             for (std::int64_t c = 0; c < columns; c += W) add_to(target + c, load(own + c, columns - c), columns - c);
         }
     }
@@ -56,11 +80,17 @@ static void column_sums_blocks(void* context, std::int64_t begin, std::int64_t e
     const ColumnSums& sums = *static_cast<const ColumnSums*>(context);
     const ColumnSumsArguments& a = sums.a;
     for (std::int64_t block = begin; block < end; ++block) {
-        float* own = sums.partials.start(block);
+        sums.partials.start(block);
+        float* own = sums.partials.block_sums(block);
         const std::int64_t last = (block + 1) * kRowBlock < a.rows ? (block + 1) * kRowBlock : a.rows;
-        for (std::int64_t t = block * kRowBlock; t < last; ++t) {
-            const T* x = static_cast<const T*>(a.x) + t * a.columns;
-            for (std::int64_t c = 0; c < a.columns; c += W) add_to(own + c, load(x + c, a.columns - c), a.columns - c);
+        for (std::int64_t first = block * kRowBlock; first < last; first += Partials::kRowGroup) {
+            const std::int64_t count = last - first < Partials::kRowGroup ? last - first : Partials::kRowGroup;
+            const T* x = static_cast<const T*>(a.x) + first * a.columns;
+            for (std::int64_t c = 0; c < a.columns; c += W) {
+                vf total = {};
+                for (std::int64_t t = 0; t < count; ++t) total += load(x + t * a.columns + c, a.columns - c);
+                add_to(own + c, total, a.columns - c);
+            }
         }
     }
 }

@@ -119,6 +119,9 @@ void after_fork_in_child() {
     pool = nullptr;
 }
 
+// When the module is loaded, so that no fork goes unnoticed.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
 int find_openmp(dl_phdr_info* info, std::size_t, void* found) {
     const char* path = info->dlpi_name;
     const char* slash = path == nullptr ? nullptr : std::strrchr(path, '/');
@@ -143,7 +146,6 @@ int find_openmp(dl_phdr_info* info, std::size_t, void* found) {
 GompParallel openmp_parallel() {
 #if defined(__linux__)
     static const GompParallel parallel = [] {
-        pthread_atfork(nullptr, nullptr, after_fork_in_child);
         void* found = nullptr;
         dl_iterate_phdr(find_openmp, &found);
         return reinterpret_cast<GompParallel>(found);

@@ -136,10 +136,10 @@ MTBERT_INLINE vf kept(keep_t keep, vf v) { return (vf)((vi)v & keep); }
 
 // ---- exponential
 
-// 2^z for z <= 0, to 1e-7 of the value; 2^-126 below. Not-a-number stays that. Minimax polynomial on [-1/2, 1/2].
+// 2^z for z <= 0, to 1e-7 of the value; 0 below 2^-126. Not-a-number stays that. Minimax polynomial on [-1/2, 1/2].
 MTBERT_INLINE vf exp2_nonpositive(vf z) {
     const vf shift = splat(12582912.0f + 127.0f);  // 1.5 * 2^23: the sum's low bits are round(z) + 127
-    z = max_or_second(splat(-126.0f), z);
+    z = max_or_second(splat(-127.0f), z);
     const vf t = z + shift;
     const vf r = z - (t - shift);
     vf p = splat(0.00015345812f);

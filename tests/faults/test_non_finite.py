@@ -58,7 +58,8 @@ def test_a_nan_in_the_weights_names_exactly_the_examples_that_meet_it(
     assert named, training.err
     assert named[2] == task
     assert named[3] == example
-    # Every step before it has its checkpoint (the first step is step 1); the poisoned row is the only NaN there, as it was at the beginning.
+    # Every step before it (the first is step 1) has its checkpoint; the poisoned row is the only NaN there, as at the
+    # beginning.
     found = CheckpointStore(run / "checkpoints").load_newest(no_problem)
     assert (0 if found is None else found.step) == int(named[1]) - 1
     if found is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from mtbert.kernels import Dropout, add_layer_norm, bias_gelu, embedding, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
-WIDTHS = (384, 768, 20, 1)
 
 
 @dataclass
@@ -123,7 +122,7 @@ def test_add_layer_norm(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1536, 384, 20, 1])
+@pytest.mark.parametrize("width", [1536, 384, 20])
 def test_bias_gelu(
     instruction_set: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +151,7 @@ def test_embedding_with_bfloat16_tables(instruction_set: str) -> None:
 def test_gelu_far_from_zero(instruction_set: str) -> None:
     """Relative accuracy in the left tail, and the limits."""
     x = torch.cat([torch.linspace(-12, -1, 500), torch.tensor([-200.0, 0.0, 200.0])])[None]
-    exact = F.gelu(x.double())
+    exact = 0.5 * x.double() * torch.erfc(-x.double() * 0.5**0.5)
     found = bias_gelu(x, torch.zeros(x.shape[1])).double()
     tail = exact.abs() > 1e-30
     assert ((found - exact).abs()[tail] / exact.abs()[tail]).max() < 2e-5
