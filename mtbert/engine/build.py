@@ -17,6 +17,7 @@ from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
+from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.precision import compute_dtype, resolve_device
 from mtbert.kernels.dispatch import set_backend
 from mtbert.model.build import build_model
@@ -56,6 +57,8 @@ def prepare_machine(config: TrainConfig) -> Machine:
         torch.set_num_threads(config.threads)
     set_backend(config.kernels)
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return Machine(device, compute_dtype(config.precision, device))
 
 
