@@ -55,7 +55,8 @@ def prepare_machine(config: TrainConfig) -> Machine:
     """Set threads and kernels, and choose device and compute type."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    set_backend(config.kernels)
+    # `auto` leaves the choice to the environment variable MTBERT_KERNELS, and that to the table.
+    set_backend(None if config.kernels == "auto" else config.kernels)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
