@@ -11,11 +11,12 @@ from bench.measure import Alternation, Spread
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio of two sides that should be reached; missing it is recorded, not an error."""
+    """A ratio of two sides, and what it should reach; missing it is recorded, not an error."""
 
     side: str
     to: str
-    at_least: float
+    at_least: float | None = None
+    """None: the ratio is of interest, no goal is set."""
 
 
 @dataclass
@@ -33,11 +34,11 @@ class Case:
 
 @dataclass
 class Outcome:
-    """How a goal came out; `met` says whether the median reached it."""
+    """How a goal came out; `met` says whether the median reached it (None where none is set)."""
 
     goal: Goal
     ratio: Spread
-    met: bool
+    met: bool | None
 
 
 @dataclass
@@ -91,7 +92,9 @@ def summarise(
     for goal in goals:
         if goal.side in alternation.rates and goal.to in alternation.rates:
             ratio = alternation.ratio(goal.side, goal.to)
-            outcomes.append(Outcome(goal, ratio, ratio.median >= goal.at_least))
+            outcomes.append(
+                Outcome(goal, ratio, None if goal.at_least is None else ratio.median >= goal.at_least)
+            )
     rates = {limit: alternation.rate(limit) for limit in limits}
     return Comparison(name, baseline, cases, outcomes, rates, list(left_out))
 
@@ -113,8 +116,12 @@ def to_text(comparison: Comparison) -> str:
         text.append("  ".join([*cells, line[4]]).rstrip())
     for outcome in comparison.goals:
         goal, ratio = outcome.goal, _spread(outcome.ratio, ".2f")
-        verdict = "reached" if outcome.met else "MISSED"
-        text.append(f"goal {verdict}: {goal.side} / {goal.to} = {ratio}, wanted at least {goal.at_least}")
+        said = f"{goal.side} / {goal.to} = {ratio}"
+        if outcome.met is None:
+            text.append(f"ratio: {said}")
+        else:
+            verdict = "reached" if outcome.met else "MISSED"
+            text.append(f"goal {verdict}: {said}, wanted at least {goal.at_least}")
     for name, rate in comparison.limits.items():
         text.append(f"{name}: {_spread(Spread(*_scaled(rate)), '.2f')} TFLOP/s")
     if comparison.left_out:

@@ -16,7 +16,7 @@ from bench import records
 from bench.comparison import Comparison, Goal, summarise
 from bench.flops import EncoderSizes, Pass, limit_shapes, product_side, synchronise, training_flops
 from bench.measure import Alternation, Side
-from bench.peers import is_installed
+from bench.peers import is_installed, peer_versions
 from bench.workload import Workload
 from mtbert.engine.environment import environment
 from mtbert.kernels import dispatch
@@ -95,6 +95,7 @@ class Bench:
         )
         benchmark.extra_info.update(comparison.to_record())
         facts = environment(self.device)
+        facts["versions"] |= peer_versions()
         facts |= {
             "clock": self.clock,
             "load": [load_before, load()],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
 from typing import Any, cast
 
@@ -37,6 +38,11 @@ def hide_kernels_folder() -> None:
 def is_installed(*packages: str) -> bool:
     """Whether all of these can be imported."""
     return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the installed peers."""
+    return {name: metadata.version(name) for name in ("transformers", "peft") if is_installed(name)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,7 +74,12 @@ def test_summary_of_shares_and_goals() -> None:
     alternation, _ = alternation_of({"mine": [1.0, 1.0], "theirs": [2.0, 4.0], "limit": [0.1, 0.1]})
     for _ in range(2):
         alternation.round()
-    goals = [Goal("mine", "theirs", 3.0), Goal("mine", "theirs", 3.1), Goal("mine", "absent", 1.0)]
+    goals = [
+        Goal("mine", "theirs", 3.0),
+        Goal("mine", "theirs", 3.1),
+        Goal("mine", "theirs"),
+        Goal("mine", "absent", 1.0),
+    ]
     result = summarise(
         "case",
         alternation,
@@ -89,8 +94,9 @@ def test_summary_of_shares_and_goals() -> None:
     assert mine.limit_share is not None
     assert mine.limit_share.median == pytest.approx(0.2)  # 100 tokens of 2 FLOPs in 1 s, 1000 FLOP/s possible
     assert theirs.limit_share is None
-    assert [outcome.met for outcome in result.goals] == [True, False]
+    assert [outcome.met for outcome in result.goals] == [True, False, None]
     text = to_text(result)
     assert "goal reached: mine / theirs = 3.00" in text
     assert "goal MISSED" in text
+    assert "ratio: mine / theirs = 3.00" in text
     assert "left out: absent" in text

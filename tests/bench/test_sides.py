@@ -38,11 +38,13 @@ def test_every_step_of_the_workload_has_nearly_the_same_tokens(tiny_bert: Path) 
         assert sorted(read.tolist()) == sorted(pool.tolist())
 
 
-@pytest.mark.parametrize("bucketed", [True, False])
-def test_a_plain_loop_reads_the_same_sentences(tiny_bert: Path, bucketed: bool) -> None:
+@pytest.mark.parametrize(("bucketed", "step_every_batch"), [(True, False), (True, True), (False, False)])
+def test_a_plain_loop_reads_the_same_sentences(
+    tiny_bert: Path, bucketed: bool, step_every_batch: bool
+) -> None:
     oracle("transformers")
     workload = small_workload(tiny_bert, steps=2)
-    loop = PlainLoop(workload, CPU, dtype=torch.float32, bucketed=bucketed)
+    loop = PlainLoop(workload, CPU, dtype=torch.float32, bucketed=bucketed, step_every_batch=step_every_batch)
     for name, pool in workload.pool.items():
         read = [e for step in loop.steps for b in step if b.task == name for e in b.examples.tolist()]
         assert sorted(read) == sorted(pool.tolist())
