@@ -38,6 +38,12 @@ def cpu() -> Any:
     return _module.cpu
 
 
+def instruction_set() -> str | None:
+    """The vector instructions that the C++ kernels use; None where they were not built."""
+    functions = part("cpu")
+    return None if functions is None else functions.instruction_set()
+
+
 def dropout_arguments(dropout_row: torch.Tensor | None, dropout: Dropout | None) -> dict[str, int]:
     """The arguments by which every function of the extension takes its mask; a row pointer of 0 means none."""
     if dropout is None or dropout_row is None:

@@ -80,14 +80,20 @@ def load_plugins(plugins: Sequence[str]) -> None:
             sys.modules[name] = module
             try:
                 spec.loader.exec_module(module)
-            except BaseException:
+            except Exception as error:
                 del sys.modules[name]
-                raise
+                raise _plugin_error(plugin, error) from error
         else:
             try:
                 importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"plugins: {plugin!r} cannot be imported ({error})") from error
+            except Exception as error:
+                raise _plugin_error(plugin, error) from error
+
+
+def _plugin_error(plugin: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return ConfigError(f"plugins: {plugin} cannot be imported ({type(error).__name__}: {error})")
 
 
 def train_parser(defaults: Path | None) -> ArgumentParser:
@@ -139,7 +145,7 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     try:
         built = parser.instantiate(values)
     except ConfigError as error:
-        raise ConfigError(_with_task(str(error), values)) from error
+        raise ConfigError(_with_group(str(error), values)) from error
     except UserError:
         raise
     except Exception as error:
@@ -165,9 +171,11 @@ def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise _config_error(error, parser) from error
 
 
-def _with_task(message: str, values: Namespace) -> str:
-    """The message with the task's name before the field, where the field is a task's."""
+def _with_group(message: str, values: Namespace) -> str:
+    """The message with its field's full name: the groups of the model and of the tasks know only their own."""
     field = message.split(":")[0]
+    if values.get(f"model.{field}") is not None:
+        return f"model.{message}"
     try:
         default = reduce(getattr, field.split("."), TaskConfig())
     except AttributeError:
@@ -251,7 +259,8 @@ def _plugins_named(arguments: Sequence[str]) -> list[str]:
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from error
             if isinstance(content, dict):
-                named += content.get("plugins") or []
+                listed = content.get("plugins") or []
+                named += listed if isinstance(listed, list) else [listed]
     value = option_value(arguments, "--plugins")
     if value:
         try:

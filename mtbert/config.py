@@ -96,6 +96,10 @@ class TrainConfig:
         if self.threads < 0:
             raise ConfigError(f"threads: expected at least 0, found {self.threads}")
         for name in self.tasks:
+            if not get_task(name).is_pair and self.task[name].head.pair != "cross-encoder":
+                raise ConfigError(
+                    f"{name}.head.pair: task {name} has single sentences, there is nothing to join"
+                )
             rows = 2 if get_task(name).is_pair and self.task[name].head.pair != "cross-encoder" else 1
             needed = rows * self.task[name].max_length
             if self.max_tokens < needed:

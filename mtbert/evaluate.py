@@ -26,13 +26,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mtbert.evaluate",
         description="Score the best checkpoint of a run, with bootstrap intervals and baselines.",
+        epilog="--debug shows the traceback of an error.",
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--data", help="folder in the CS224N layout, sample or hub (default: the run's own)")
     parser.add_argument(
         "--split", choices=("train", "dev", "test"), default="dev", help="table to score (dev)"
     )
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in the run)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE as JSON")
     options = parser.parse_args(arguments)
     with logging_to(None):
@@ -58,12 +59,10 @@ def main(arguments: list[str]) -> None:
 def evaluate(loaded: LoadedRun, split: str) -> Results:
     """Scores of every task of the run on `split`. Raises DataError when a table is missing or unlabelled."""
     config = loaded.config
-    tables = load_tables(config.data, list(loaded.tasks.values()))
+    tables = load_tables(config.data, list(loaded.tasks.values()), required=(split,))
     data = prepare_data(config, tables, loaded.tokeniser)
     predictions = {}
     for name, task in loaded.tasks.items():
-        if split not in data[name]:
-            raise DataError(f"{config.data}: task {name} has no {split} table")
         if data[name][split].labels is None:
             raise DataError(f"{data[name][split].table.path}: has no labels, so that it cannot be scored")
         predictions[name] = predict_split(
@@ -73,7 +72,11 @@ def evaluate(loaded: LoadedRun, split: str) -> Results:
         loaded.tasks,
         predictions,
         baselines={
-            name: baselines(task, data[name]["train"].labels, data[name][split].labels)
+            name: baselines(
+                task,
+                data[name]["train"].labels if "train" in data[name] else None,
+                data[name][split].labels,
+            )
             for name, task in loaded.tasks.items()
         },
         split=split,

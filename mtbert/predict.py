@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m mtbert.predict",
         description="Without --task: write the prediction files (the course's format and JSON lines) of the run's"
         " dev and test tables. With --task: predict given sentences.",
+        epilog="--debug shows the traceback of an error.",
     )
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("text", nargs="*", help="sentences; for a pair task two of them make an example")
@@ -42,7 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
     parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in the run)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
@@ -52,6 +55,10 @@ def main(arguments: list[str]) -> None:
         run = RunFolder.open(options.run)
         config = config_from_file(run.config_path)
         if options.data is not None:
+            if options.output is None:
+                raise ConfigError(
+                    f"--output: name a folder; {run.path} keeps the predictions of its own tables"
+                )
             config = dataclasses.replace(config, data=options.data)
         if options.task is not None and options.task not in config.tasks:
             raise ConfigError(
@@ -67,7 +74,7 @@ def main(arguments: list[str]) -> None:
             task = loaded.tasks[options.task]
             table = table_of_texts(task, options.text, options.file)
             for problem in table.problems:
-                print(f"left out: {problem}")
+                print(f"left out: {problem}", file=sys.stderr)
             for answer in answers(loaded, task, table):
                 print(json.dumps(answer, ensure_ascii=False) if options.json else _readable(answer))
 
@@ -75,7 +82,10 @@ def main(arguments: list[str]) -> None:
 def predict_tables(loaded: LoadedRun, folder: Path) -> None:
     """Write the prediction files of the dev and test tables of every task under `folder`/predictions."""
     config = loaded.config
-    data = prepare_data(config, load_tables(config.data, list(loaded.tasks.values())), loaded.tokeniser)
+    tables = load_tables(config.data, list(loaded.tasks.values()), required=())
+    if not any(split in splits for splits in tables.values() for split in ("dev", "test")):
+        raise DataError(f"{config.data}: holds neither a dev nor a test table of {', '.join(loaded.tasks)}")
+    data = prepare_data(config, tables, loaded.tokeniser)
     predict_all(
         loaded.forward, loaded.tasks, data, max_tokens=config.max_tokens, folder=folder, mode=config.mode
     )
@@ -118,7 +128,8 @@ def _lines(file: Path, each: int) -> Iterator[tuple[int, tuple[str, ...]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     found = False
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(content, newline=None), start=1):
+        line = line.rstrip("\n")
         if not line.strip():
             continue
         found = True

@@ -21,15 +21,16 @@ from mtbert.engine.build import (
     load_model,
     prepare_data,
     prepare_machine,
+    resolved,
+    run_facts,
     tasks_of,
 )
 from mtbert.engine.checkpoint import CheckpointStore
-from mtbert.engine.environment import environment
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.inference import labels_of
 from mtbert.engine.metrics_log import MetricsLog
-from mtbert.engine.record import describe_run
+from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.step import TrainStep
@@ -102,10 +103,6 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         tables = load_tables(config.data, list(tasks.values()))
         model, tokeniser = load_model(config, machine)
         data = prepare_data(config, tables, tokeniser)
-        facts = environment(machine.device)
-        if not resumed:
-            run.write_json(run.record_path, describe_run(config, facts, run.name, model, data))
-            run.write_text(run.config_path, to_yaml(config))
         announce(config, machine, model, data)
 
         optimizer = build_optimizer(model, config.optim)
@@ -130,6 +127,13 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         evaluator = Evaluator(
             forward, tasks, data, losses, config.evaluation, max_tokens=config.max_tokens, seed=config.seed
         )
+        facts = run_facts(machine)
+        # From here on the folder holds a run: whatever is wrong with the configuration has failed before.
+        if not resumed:
+            run.write_text(run.config_path, to_yaml(resolved(config, machine)))
+        if not run.record_path.is_file():  # a run killed between the two files resumes, too
+            run.write_json(run.record_path, describe_run(config, facts, run.name, model, data))
+            write_problems(run, data)
         with MetricsLog(run.metrics_path) as log:
             trainer = Trainer(
                 model,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,12 +119,15 @@ class Table:
 
 
 def read_folder(
-    folder: Path | str, task: str, layout: TableLayout, files: Mapping[str, str]
+    folder: Path | str,
+    task: str,
+    layout: TableLayout,
+    files: Mapping[str, str],
+    required: Collection[str] = LABELLED_SPLITS,
 ) -> dict[str, Table]:
     """Reads the splits of a task from `folder`; `files` maps split to file name.
 
-    A missing file is an error for the splits that need labels; any other split is left out of the result
-    then.
+    A missing file is an error for a `required` split; any other split is left out of the result then.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -134,7 +137,7 @@ def read_folder(
     for split, name in files.items():
         path = folder / name
         if not path.exists():
-            if split not in LABELLED_SPLITS:
+            if split not in required:
                 continue
             others = sorted(p.name for p in folder.iterdir() if p.suffix in {".csv", ".tsv", ".txt"})
             found = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,16 +16,20 @@ import torch
 from mtbert.data.dataset import Form, TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.engine.environment import environment
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.host_memory import keep_freed_memory
-from mtbert.engine.precision import compute_dtype, resolve_device
-from mtbert.kernels.dispatch import set_backend
+from mtbert.engine.precision import Precision, compute_dtype, resolve_device
+from mtbert.errors import ConfigError
+from mtbert.kernels.dispatch import explain, set_backend
+from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
 from mtbert.model.heads import HeadSpec
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import resolve
 from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.loading import HUB, SAMPLE
 from mtbert.tasks.registry import Task, get_task
 
 if TYPE_CHECKING:
@@ -61,6 +66,44 @@ def prepare_machine(config: TrainConfig) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     return Machine(device, compute_dtype(config.precision, device))
+
+
+def run_facts(machine: Machine) -> dict[str, Any]:
+    """What a run computes on and with: the record of run.json, and what a bit-for-bit resumption depends on."""
+    served = explain(machine.device.type, machine.dtype)
+    missing = [row.reason for row in served if row.implementation is None]
+    if missing:
+        raise ConfigError("; ".join(missing))
+    return environment(machine.device) | {
+        "precision": str(machine.dtype).removeprefix("torch."),
+        "kernels": ", ".join(f"{row.operation} {row.implementation}" for row in served),
+        "instruction_set": instruction_set(),
+    }
+
+
+def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
+    """The configuration with nothing left to the machine or to the working directory, to rerun it anywhere."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+
+    kept = config.data == SAMPLE or config.data.split(":")[0] == HUB
+    precision: Precision = "bf16" if machine.dtype == torch.bfloat16 else "float32"
+    return dataclasses.replace(
+        config,
+        data=config.data if kept else absolute(config.data),
+        output=None,
+        precision=precision,
+        device=str(machine.device),
+        threads=torch.get_num_threads(),
+        plugins=[absolute(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins],
+        model=dataclasses.replace(
+            config.model,
+            pretrained=config.model.pretrained
+            if config.model.pretrained == "minilm"
+            else absolute(config.model.pretrained),
+        ),
+    )
 
 
 def tasks_of(config: TrainConfig) -> dict[str, Task]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "mtbert")
-_REPEATABLE = ("git", "device", "cpu_capability", "threads")
+_REPEATABLE = ("git", "device", "cpu_capability", "threads", "precision", "kernels", "instruction_set")
 
 
 def code_version(source: Path | None = None) -> str:

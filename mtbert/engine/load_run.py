@@ -38,8 +38,8 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
             f"{run.path} holds the runs of {config.seeds} seeds; name one of them, like"
             f" {run.path / f'seed-{config.seed}'}"
         )
-    if device is not None:
-        config = dataclasses.replace(config, device=device)
+    # The machine of the training need not be this one.
+    config = dataclasses.replace(config, device=device or "auto", threads=0)
     machine = prepare_machine(config)
     model, tokeniser = load_model(config, machine)
     step = load_best_weights(model, run.checkpoints)

@@ -32,8 +32,7 @@ def restore_optimizer(
     optimizer.state.clear()
     for name, entries in states.items():
         parameter = parameters[name]
-        # A clone: the checkpoint's tensors may be views of a mapped file.
+        # Everything on the parameter's device, `step` too: the fused kernel reads it there.
         optimizer.state[parameter] = {
-            entry: value.to(parameter.device if value.dim() else value.device).clone()
-            for entry, value in entries.items()
+            entry: value.to(parameter.device, copy=True) for entry, value in entries.items()
         }

@@ -37,12 +37,12 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU, else the CPU; anything else must be a device that torch can use here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
-        ) from error
+        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtbert.data.dataset import TaskData
 from mtbert.data.overlap import train_dev_overlap
+from mtbert.engine.run_folder import RunFolder
 from mtbert.evaluation.baselines import label_histogram
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.tasks.loading import SAMPLE
@@ -47,7 +48,8 @@ def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
             for problem in table.problems[:5]:
                 logger.warning("row left out: %s", problem)
             if len(table.problems) > 5:
-                logger.warning("%s: %d more rows left out (run.json)", table.path, len(table.problems) - 5)
+                more = len(table.problems) - 5
+                logger.warning("%s: %d more rows left out (problems.txt has them all)", table.path, more)
             if examples.n_truncated:
                 logger.info(
                     "%s %s: %d of %d examples truncated to %d tokens",
@@ -62,6 +64,14 @@ def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
         if overlap:
             logger.warning("%s: %d dev examples also stand in train", name, len(overlap))
     return described
+
+
+def write_problems(run: RunFolder, data: Mapping[str, Mapping[str, TaskData]]) -> None:
+    """problems.txt: every row that was left out, by file, line and reason; no file when there is none."""
+    tables = [examples.table for splits in data.values() for examples in splits.values()]
+    problems = [f"{problem}\n" for table in tables for problem in table.problems]
+    if problems:
+        run.write_text(run.path / "problems.txt", "".join(problems))
 
 
 def describe_run(

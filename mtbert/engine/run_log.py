@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from tqdm import tqdm
 
@@ -22,14 +22,19 @@ _warnings_log = logging.getLogger("mtbert.warnings")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to standard output; an active progress bar is cleared for the line and drawn again below it."""
+    """Writes to a standard stream; an active progress bar is cleared for the line and drawn again below it."""
+
+    def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
+        super().__init__()
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)
         # When the pipe's reader has gone or the stream is closed, the training goes on.
         with contextlib.suppress(OSError, ValueError):
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            stream = getattr(sys, self._stream)
+            tqdm.write(message, file=stream)
+            stream.flush()
 
 
 class _ShortFormatter(logging.Formatter):
@@ -68,11 +73,13 @@ class _FileHandler(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to(path: Path | None, *, level: int = logging.INFO) -> Iterator[logging.Logger]:
-    """While the context is open, show messages on the console and append them to `path` (None: console only).
+    """While the context is open, show messages on the console and append them to `path`.
+
+    Without a path they go to standard error: what such a program prints are its answers.
 
     Yields the logger `mtbert`. Nothing stays changed afterwards. Raises UserError if `path` can't be opened.
     """
-    console = _ConsoleHandler()
+    console = _ConsoleHandler("stderr" if path is None else "stdout")
     console.setFormatter(_ShortFormatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:

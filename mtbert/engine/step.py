@@ -32,7 +32,7 @@ class StepResult:
     finite: Tensor
     """Whether the loss and the gradient were finite, 0-d bool. When not, the update was skipped on the device."""
     tokens: int
-    """Real tokens that the encoder read."""
+    """Real tokens of the step's examples."""
     examples: tuple[tuple[Segment, Tensor], ...]
     """Every segment of the step with the losses of its examples, for naming culprits."""
 
@@ -123,7 +123,8 @@ class TrainStep:
                 examples.append((segment, per_example.detach()))
             if loss is None:
                 continue
-            loss.backward()
+            if loss.requires_grad:  # a cosine over a frozen encoder has nothing to train
+                loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
             tokens += batch.tokens
         if total is None:

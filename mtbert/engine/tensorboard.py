@@ -15,12 +15,15 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return []
-    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+    writer: Any = None
 
     def listen(record: dict[str, Any]) -> None:
+        nonlocal writer
+        if writer is None:  # a resumed run takes away what was drawn beyond its checkpoint
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=record["step"])
         for tag, value in _scalars(record):
             writer.add_scalar(tag, value, record["step"])
-        if record["kind"] == "evaluation":
+        if record["kind"] != "step":
             writer.flush()
 
     return [listen]

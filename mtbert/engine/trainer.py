@@ -59,11 +59,10 @@ class Progress:
     seconds: float = 0.0
     """Training time so far, without evaluations and checkpoints."""
     tokens: int = 0
-    """Real tokens that the encoder read in training."""
+    """Real tokens of the training examples so far."""
     best_step: int | None = None
     best_score: float = -math.inf
     evaluations_without_gain: int = 0
-    last_evaluated: int = -1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an unset best score is null, since JSON has no infinity."""
@@ -158,6 +157,9 @@ class Trainer:
                     self._collect()
                     path = self.checkpoint()
                     raise Interrupted(f"stopped after step {progress.step}; the checkpoint is {path}")
+            if progress.step < self.total_steps:
+                patience = self.evaluation.patience
+                logger.info("stopped early: no better dev score in the last %d evaluations", patience)
 
     def _after_step(self, lr: float, bar: tqdm[Any]) -> None:
         step = self.progress.step
@@ -168,19 +170,16 @@ class Trainer:
         if checkpoint or step % self.run.log_every == 0:
             self._collect()
             self._log_window(lr, bar)
-        if step % self.steps_per_epoch == 0 or last:
-            self._log_epoch()
         if evaluate:
             self.evaluate()
+        if step % self.steps_per_epoch == 0 or last or self._out_of_patience():
+            self._log_epoch()
         if checkpoint:
             self.checkpoint()
 
     def _out_of_patience(self) -> bool:
         patience = self.evaluation.patience
-        stop = bool(patience) and self.progress.evaluations_without_gain >= patience
-        if stop:
-            logger.info("stopping early: no better dev score in the last %d evaluations", patience)
-        return stop
+        return bool(patience) and self.progress.evaluations_without_gain >= patience
 
     def _bar(self) -> tqdm[Any]:
         # disable=None: no bar where the output is no terminal, so that log files stay readable
@@ -245,7 +244,6 @@ class Trainer:
         self.model.eval()
         result = self.evaluator.evaluate()
         self.model.train()
-        progress.last_evaluated = progress.step
         self._write(
             {
                 "kind": "evaluation",

@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 RESAMPLES = 1000
 LEVEL = 0.95
+_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _CHUNK = 4_000_000  # examples drawn at once: bounds the memory at about 64 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with the ends of its percentile interval."""
+    """A score with the ends of its percentile interval (of probability LEVEL)."""
 
     value: float
     low: float
     high: float
-    level: float = LEVEL
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much the second of two runs is better than the first, with a percentile interval.
+    """How much the second of two runs is better than the first, with a percentile interval (LEVEL).
 
     `share` is like a two-sided p-value: twice the share of resamples in which the difference is not of the
     observed sign (at most 1).
@@ -50,37 +50,6 @@ class Difference:
     low: float
     high: float
     share: float
-    level: float = LEVEL
-
-
-def interval(
-    task: Task,
-    labels: np.ndarray,
-    outputs: np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Interval:
-    """The headline of outputs [n, k] against labels [n] with its percentile interval."""
-    sampled = _headline_samples(task, labels, [outputs], resamples, seed)[0]
-    return _interval(score(task, labels, outputs).headline, sampled, level)
-
-
-def paired_difference(
-    task: Task,
-    labels: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Difference:
-    """The headline of outputs `second` minus that of outputs `first` on the same examples."""
-    sampled = _headline_samples(task, labels, [first, second], resamples, seed)
-    values = [score(task, labels, outputs).headline for outputs in (first, second)]
-    return _difference(values[0], values[1], sampled[1] - sampled[0], level)
 
 
 def intervals(
@@ -89,7 +58,6 @@ def intervals(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> dict[str, Interval]:
     """Intervals of every task's headline, and of `overall` and `mean` when sst, para and sts are there."""
     values, samples = {}, {}
@@ -97,11 +65,11 @@ def intervals(
         labels = _labels(entry)
         samples[name] = _headline_samples(tasks[name], labels, [entry.outputs], resamples, seed)[0]
         values[name] = score(tasks[name], labels, entry.outputs).headline
-    result = {name: _interval(values[name], samples[name], level) for name in values}
+    result = {name: _interval(values[name], samples[name]) for name in values}
     if all(name in values for name in COURSE_TRIO):
         for name, join in (("overall", overall_of), ("mean", mean_of)):
             value = join(*(values[part] for part in COURSE_TRIO))
-            result[name] = _interval(value, join(*(samples[part] for part in COURSE_TRIO)), level)
+            result[name] = _interval(value, join(*(samples[part] for part in COURSE_TRIO)))
     return result
 
 
@@ -112,7 +80,6 @@ def paired_differences(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> dict[str, Difference]:
     """Differences (second minus first) of the tasks that both have, and of `overall` and `mean` when defined.
 
@@ -131,13 +98,13 @@ def paired_differences(
             score(task, labels, first[name].outputs).headline,
             score(task, labels, other.outputs).headline,
         )
-    result = {name: _difference(*ends[name], samples[name], level) for name in ends}
+    result = {name: _difference(*ends[name], samples[name]) for name in ends}
     if all(name in ends for name in COURSE_TRIO):
         for name, join in (("overall", overall_of), ("mean", mean_of)):
             before, after = (join(*(ends[part][side] for part in COURSE_TRIO)) for side in (0, 1))
             # Both joins are affine, so their differences are joins of differences less the constant part.
             sampled = join(*(samples[part] for part in COURSE_TRIO)) - join(0.0, 0.0, 0.0)
-            result[name] = _difference(before, after, sampled, level)
+            result[name] = _difference(before, after, sampled)
     return result
 
 
@@ -221,14 +188,14 @@ def _resampled_means(columns: np.ndarray, resamples: int, generator: np.random.G
     return means
 
 
-def _interval(value: float, samples: np.ndarray, level: float) -> Interval:
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level)
+def _interval(value: float, samples: np.ndarray) -> Interval:
+    low, high = np.quantile(samples, _ENDS)
+    return Interval(value, float(low), float(high))
 
 
-def _difference(first: float, second: float, samples: np.ndarray, level: float) -> Difference:
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+def _difference(first: float, second: float, samples: np.ndarray) -> Difference:
+    low, high = np.quantile(samples, _ENDS)
     # The observed sample counts as one resample, so that the share is never exactly 0.
     tail = 1 + min(int((samples <= 0).sum()), int((samples >= 0).sum()))
     share = min(1.0, 2 * tail / (len(samples) + 1))
-    return Difference(first, second, second - first, float(low), float(high), share, level)
+    return Difference(first, second, second - first, float(low), float(high), share)

@@ -1,27 +1,26 @@
-"""Text files written beside their place and renamed, so that a reader never meets half of one."""
+"""The files of a report, each written as a whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
+from mtbert.engine.durable import replace_file
 from mtbert.errors import UserError
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write `text` (UTF-8, `\\n` line ends on every system) to `path`, making its folder; returns `path`.
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write `data` to `path`, making its folder; a reader never meets half of it. Returns `path`.
 
     Raises UserError with the system's reason (no space, no permission) and the path.
     """
-    beside = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(beside, path)
+        replace_file(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """The same for text: UTF-8, line ends as they are in `text` on every system."""
+    return write_bytes(path, text.encode("utf-8"))

@@ -13,9 +13,15 @@ KINDS = ("step", "evaluation", "epoch")
 Series = tuple[list[float], list[float]]
 
 
+def epoch_text(epoch: float) -> str:
+    """A number of epochs with at most two decimals: `3`, `2.37`."""
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
 @dataclass(frozen=True)
 class EpochTime:
-    """One epoch: its number, the step at its end, its training seconds and its useful tokens."""
+    """One epoch: the epochs done at its end (a fraction where training stopped within one), the step there,
+    its training seconds and its useful tokens."""
 
     epoch: float
     step: int
@@ -47,6 +53,16 @@ class History:
     def scores(self, split: str, task: str, metric: str) -> Series:
         """One metric of a task on `train` or `dev`: steps and values."""
         return _series(self.evaluations, split, task, metric)
+
+    def class_f1(self, split: str, task: str) -> dict[str, Series]:
+        """The F1 of every class of a task on `train` or `dev`, by the class's name: steps and values."""
+        curves: dict[str, Series] = {}
+        for line in self.evaluations:
+            for row in ((line.get(split) or {}).get(task) or {}).get("classes", ()):
+                steps, values = curves.setdefault(row["name"], ([], []))
+                steps.append(float(line["step"]))
+                values.append(float(row["f1"]))
+        return curves
 
     def column(self, name: str) -> Series:
         """A number of the step lines (`lr`, `grad_norm`, `total_loss`): steps and values."""

@@ -59,6 +59,12 @@ class TaskScores:
         value = self.pearson if self.kind == "similarity" else self.accuracy
         return 0.0 if value is None else value
 
+    @property
+    def second(self) -> float:
+        """Macro F1, or Spearman's correlation for similarity: the metric shown beside the headline."""
+        value = self.spearman if self.kind == "similarity" else self.macro_f1
+        return 0.0 if value is None else value
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary of the fields that this kind of task fills."""
         return {key: value for key, value in asdict(self).items() if value is not None and value != ()}
@@ -82,11 +88,14 @@ def headline_name(task: Task) -> str:
     return "Pearson" if task.kind == "similarity" else "accuracy"
 
 
-def headline(task: Task, scores: TaskScores) -> float:
-    """The value of the metric that a task is judged by."""
-    if scores.kind != task.kind:
-        raise ValueError(f"{task.name} is a {task.kind} task, its scores are of kind {scores.kind}")
-    return scores.headline
+def second_name(task: Task) -> str:
+    """The name of the metric shown beside the headline: `macro F1` or `Spearman`."""
+    return "Spearman" if task.kind == "similarity" else "macro F1"
+
+
+def metric_fields(task: Task) -> tuple[str, str]:
+    """The fields of TaskScores, and the keys in metrics.jsonl, of the headline and of the second metric."""
+    return ("pearson", "spearman") if task.kind == "similarity" else ("accuracy", "macro_f1")
 
 
 def score(task: Task, labels: np.ndarray, outputs: np.ndarray) -> TaskScores:

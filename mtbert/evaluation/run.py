@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
 
 
+_SEED_FOLDER = re.compile(r"seed-\d+")  # as training with several seeds names them
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run's folder holds: run.json as `info`, metrics.jsonl as `history`, config.yaml as text."""
@@ -30,8 +34,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, by default its folder's."""
-        return str(self.info.get("name") or self.folder.name)
+        """The run's name, by default its folder's; one of several seeds carries its experiment's, too."""
+        folder = self.folder.resolve()
+        name = str(self.info.get("name") or folder.name)
+        if name == folder.name and _SEED_FOLDER.fullmatch(name) and folder.parent.name:
+            return f"{folder.parent.name}/{name}"
+        return name
 
     @property
     def git(self) -> str:
@@ -42,6 +50,11 @@ class Run:
     def tasks(self) -> list[str]:
         """The names of the tasks that the run trained."""
         return [str(name) for name in self.info.get("tasks", [])]
+
+    @property
+    def features_cached(self) -> bool:
+        """Whether the encoder was frozen and read every table once, so that training read its features."""
+        return self.info.get("mode") == "last-linear-layer"
 
     def config(self) -> dict[str, Any]:
         """config.yaml as nested dictionaries."""
@@ -75,7 +88,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder")
     if not facts.is_file():
-        raise ConfigError(f"{folder}: is not a run's folder: run.json is missing")
+        raise ConfigError(_not_a_run(folder))
     try:
         info = json.loads(facts.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -90,6 +103,20 @@ def read_run(folder: Path) -> Run:
         history=read_history(metrics) if metrics.exists() else History(),
         config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
+
+
+def _not_a_run(folder: Path) -> str:
+    """Why a folder without run.json is no run; the parent of several seeds' runs names one of them."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    seeds = config.get("seeds") if isinstance(config, dict) else None
+    if isinstance(seeds, int) and seeds > 1:
+        begun = sorted(file.parent for file in folder.glob("seed-*/run.json"))
+        example = f"give one of them, such as {begun[0]}" if begun else "none of them has begun"
+        return f"{folder}: holds the runs of {seeds} seeds, each in a folder of its own: {example}"
+    return f"{folder}: is not a run's folder: run.json is missing"
 
 
 def check_tasks(run: Run, tasks: Mapping[str, Task]) -> None:

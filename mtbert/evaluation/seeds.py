@@ -10,7 +10,7 @@ from pathlib import Path
 from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.markdown import escape
-from mtbert.evaluation.metrics import headline_name, mean, overall, score
+from mtbert.evaluation.metrics import headline_name, mean, overall, score, second_name
 from mtbert.evaluation.run import check_tasks, read_run
 from mtbert.evaluation.table import Cell, markdown_table, table
 from mtbert.tasks.registry import TASKS, Task
@@ -79,7 +79,7 @@ def summarise_seeds(folders: Sequence[Path], tasks: Mapping[str, Task] = TASKS) 
         if trained is not None and run.tasks != trained:
             raise DataError(f"{folder}: trained {run.tasks}, the runs before it {trained}")
         trained = run.tasks
-        names.append(run.name)
+        names.append(run.folder.name)  # the page lies beside these folders
         for metric, value in _metrics(run.tasks, tasks, folder).items():
             values.setdefault(metric, []).append(value)
     return SeedsSummary(tuple(names), tuple(Metric(name, tuple(column)) for name, column in values.items()))
@@ -103,10 +103,7 @@ def _metrics(names: Sequence[str], tasks: Mapping[str, Task], folder: Path) -> d
     metrics: dict[str, float] = {}
     for name, result in scores.items():
         metrics[f"{name} {headline_name(tasks[name])}"] = result.headline
-        second = (
-            ("Spearman", result.spearman) if result.kind == "similarity" else ("macro F1", result.macro_f1)
-        )
-        metrics[f"{name} {second[0]}"] = second[1] or 0.0
+        metrics[f"{name} {second_name(tasks[name])}"] = result.second
     for label, value in (("overall", overall(scores)), ("mean", mean(scores))):
         if value is not None:
             metrics[label] = value

@@ -90,6 +90,8 @@ class TaskLoss:
     """One task's loss with its settings resolved against the training labels."""
 
     def __init__(self, task: Task, config: LossConfig, train_labels: np.ndarray) -> None:
+        if task.kind == "similarity" and config.label_smoothing:
+            raise ConfigError(f"{task.name}.loss.label_smoothing: a similarity task has no classes to smooth")
         self.task = task
         self.weight = config.weight
         self.label_smoothing = config.label_smoothing

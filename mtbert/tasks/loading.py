@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mtbert.data.hub import read_hub
 from mtbert.data.sample import synthetic_tables
-from mtbert.data.tables import Table, read_folder
+from mtbert.data.tables import LABELLED_SPLITS, Table, read_folder
 from mtbert.errors import DataError
 from mtbert.tasks.registry import Task
 
@@ -15,12 +15,14 @@ SAMPLE = "sample"
 HUB = "hub"
 
 
-def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table]]:
+def load_tables(
+    source: str, tasks: Sequence[Task], required: Collection[str] = ("train", "dev")
+) -> dict[str, dict[str, Table]]:
     """Tables by task and split.
 
     `source` is `sample` (synthetic sentences that the project generates), `hub` (SST-5, QQP and STS-B
-    through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs a
-    labelled `train` and `dev` split; `test` is optional.
+    through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs
+    the `required` splits; those of them that are train or dev need labels.
     """
     tables: dict[str, dict[str, Table]] = {}
     for task in tasks:
@@ -30,13 +32,13 @@ def load_tables(source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table
             copies = source.partition(":")[2]
             splits = read_hub(task.name, task.layout, Path(copies) if copies else None)
         else:
-            splits = read_folder(Path(source), task.name, task.layout, task.files)
-        for split in ("train", "dev"):
+            splits = read_folder(Path(source), task.name, task.layout, task.files, required)
+        for split in required:
             if split not in splits:
                 raise DataError(
                     f"{source}: task {task.name} has no {split} table (--tasks chooses the tasks)"
                 )
-            if splits[split].labels is None:
+            if split in LABELLED_SPLITS and splits[split].labels is None:
                 raise DataError(f"{splits[split].path}: the {split} table of task {task.name} has no labels")
         tables[task.name] = splits
     return tables

@@ -66,6 +66,8 @@ def test_the_names_of_the_course_are_aliases(alias: str, mode: str) -> None:
         ),
         (["--max_tokens", "64"], r"max_tokens: an example of task sst may take 128 tokens"),
         (["--preset", "quick"], r"no such preset\. Did you mean quickstart\?"),
+        (["--sst.head.pair", "[cosine]"], r"sst\.head\.pair: task sst has single sentences"),
+        (["--model.dropout.hidden", "1.5"], r"model\.dropout\.hidden: expected a probability"),
         (["--tasks", "[sst,sst]"], r"sst is named more than once"),
         (["--config", "absent.yaml"], r"absent\.yaml"),
     ],
@@ -108,6 +110,13 @@ def test_a_plugin_registers_a_task_with_its_own_options(tmp_path: Path) -> None:
     finally:
         TASKS.pop("cola_plugin", None)
         sys.modules.pop("my_task_plugin", None)
+
+
+def test_a_broken_plugin_is_named(tmp_path: Path) -> None:
+    plugin = tmp_path / "broken_plugin.py"
+    plugin.write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=r"broken_plugin\.py cannot be imported \(ZeroDivisionError"):
+        parse_train(["--plugins", f"[{plugin}]"])
 
 
 def test_a_missing_plugin_is_named() -> None:

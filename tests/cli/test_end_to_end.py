@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +28,11 @@ def tiny_options(bert: Path, cache: Path) -> list[str]:
     ]
 
 
+def last_evaluation(run: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "evaluation"][-1]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
@@ -48,10 +54,10 @@ def test_a_run_leaves_what_the_design_promises(run: Path) -> None:
         "predictions",
     } <= present
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["step", "step", "step", "epoch", "evaluation"]
+    assert [line["kind"] for line in lines] == ["step", "step", "step", "evaluation", "epoch"]
     assert set(lines[0]["loss"]) == {"sst", "para", "sts"}
-    assert lines[-1]["dev"]["sst"]["examples"] == 200
-    assert lines[-1]["overall"] is not None
+    assert lines[-2]["dev"]["sst"]["examples"] == 200
+    assert lines[-2]["overall"] is not None
     for name in ("sst", "para", "sts"):
         for split, rows in (("dev", 200), ("test", 100)):
             file = run / "predictions" / f"{name}-{split}-output.csv"
@@ -74,7 +80,7 @@ def test_the_resolved_configuration_reruns_the_same_experiment(run: Path) -> Non
 def test_evaluate_gives_the_scores_of_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main([str(run), "--json", str(run.parent / "scores.json")])
     scores = json.loads((run.parent / "scores.json").read_text())
-    recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    recorded = last_evaluation(run)
     assert scores["tasks"]["para"]["accuracy"] == recorded["dev"]["para"]["accuracy"]
     assert scores["overall"] == pytest.approx(recorded["overall"], abs=1e-9)
     assert "SST-5 sentiment" in capsys.readouterr().out
@@ -138,7 +144,7 @@ def test_a_single_sentiment_task_writes_the_files_of_the_second_objective(
     train.main([*options, f"--output={tmp_path / 'run'}", "--curriculum.epoch_length=2"])
     names = {file.name for file in (tmp_path / "run" / "predictions").iterdir()}
     assert {"full-model-cfimdb-dev-out.csv", "full-model-cfimdb-test-out.csv"} <= names
-    evaluation = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    evaluation = last_evaluation(tmp_path / "run")
     assert evaluation["overall"] is None
 
 
@@ -170,6 +176,7 @@ def test_early_stopping_ends_before_the_last_epoch(tiny_bert: Path, tmp_path: Pa
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [1, 2, 3]
+    assert lines[-1]["kind"] == "epoch"
 
 
 def test_a_second_run_on_the_same_folder_is_refused(run: Path) -> None:
@@ -196,7 +203,84 @@ def test_real_tables_end_to_end(shared_data: Path, minilm: Path, tmp_path: Path)
             *("--evaluation.train_examples", "100", "--cache", str(tmp_path / "cache")),
         ]
     )
-    evaluation = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    evaluation = last_evaluation(tmp_path / "run")
     assert evaluation["dev"]["sts"]["examples"] == 863
     assert evaluation["dev"]["sts"]["pearson"] > 0.7
     assert len((tmp_path / "run" / "predictions" / "sts-test-output.csv").read_text().splitlines()) == 1726
+
+
+def test_the_resolved_configuration_alone_is_a_new_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    assert values["output"] is None
+    assert values["precision"] in ("bf16", "float32")
+    assert values["device"] == "cpu"
+    assert values["threads"] >= 1
+    assert Path(values["model"]["pretrained"]).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", str(run / "config.yaml"), "--epochs", "0.2"])
+    (created,) = (tmp_path / "runs").iterdir()
+    assert (created / "report.md").is_file()
+
+
+def test_a_mistake_found_late_leaves_the_folder_free(tiny_bert: Path, tmp_path: Path) -> None:
+    options = [*tiny_options(tiny_bert, tmp_path), f"--output={tmp_path / 'run'}", "--tasks=[sst]"]
+    with pytest.raises(ConfigError, match="expected 5 numbers"):
+        train.main([*options, "--sst.loss.class_weights=[1,2]"])
+    with pytest.raises(ConfigError, match="no triton implementation"):
+        train.main([*options, "--kernels=triton"])
+    train.main([*options, "--curriculum.epoch_length=1"])
+    assert (tmp_path / "run" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("more", ["--curriculum.mixing=round-robin", "--max_tokens=128"])
+def test_a_head_without_parameters_over_a_frozen_encoder(more: str, tiny_bert: Path, tmp_path: Path) -> None:
+    options = [*tiny_options(tiny_bert, tmp_path), "--mode=last-linear-layer", "--sts.head.pair=[cosine]"]
+    train.main([*options, f"--output={tmp_path / 'run'}", more, "--curriculum.epoch_length=2"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"]["sts"] > 0
+
+
+def test_other_tables_are_scored_without_train_and_predicted_elsewhere(run: Path, tmp_path: Path) -> None:
+    from mtbert.data.sample import write_sample
+    from mtbert.tasks.registry import TASKS
+
+    (tmp_path / "tables").mkdir()
+    for name in ("sst", "para", "sts"):
+        write_sample(tmp_path / "tables", name, TASKS[name].layout, TASKS[name].files)
+        (tmp_path / "tables" / TASKS[name].files["train"]).unlink()
+        (tmp_path / "tables" / TASKS[name].files["test"]).unlink()
+    evaluate.main([str(run), "--data", str(tmp_path / "tables")])
+    with pytest.raises(ConfigError, match="--output: name a folder"):
+        predict.main([str(run), "--data", str(tmp_path / "tables")])
+    predict.main([str(run), "--data", str(tmp_path / "tables"), "--output", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere" / "predictions" / "sst-dev-output.csv").is_file()
+    with pytest.raises(DataError, match="no such file"):
+        evaluate.main([str(run), "--data", str(tmp_path / "tables"), "--split", "test"])
+
+
+def test_rows_left_out_are_all_named(tiny_bert: Path, tmp_path: Path) -> None:
+    from mtbert.data.sample import write_sample
+    from mtbert.tasks.registry import TASKS
+
+    task = TASKS["sst"]
+    (tmp_path / "tables").mkdir()
+    write_sample(tmp_path / "tables", "sst", task.layout, task.files)
+    table = tmp_path / "tables" / task.files["train"]
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([*lines, *(f"{n}\tbad-{n}\tno label\t\n" for n in range(150))]))
+    options = [*tiny_options(tiny_bert, tmp_path), "--tasks=[sst]", "--curriculum.epoch_length=1"]
+    train.main([*options, f"--data={tmp_path / 'tables'}", f"--output={tmp_path / 'run'}"])
+    problems = (tmp_path / "run" / "problems.txt").read_text().splitlines()
+    assert len(problems) == 150
+    assert problems[-1] == f"{table}, line {len(lines) + 150}: no sentiment"
+
+
+def test_a_text_file_is_split_at_line_ends_only(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_bytes("one\u2028still one\r\ntwo\x0cstill two\n".encode())
+    predict.main([str(run), "--task", "sst", "--file", str(file), "--json"])
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.strip().split("\n")] == ["1", "2"]

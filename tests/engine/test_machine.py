@@ -24,7 +24,7 @@ def test_auto_precision_follows_the_hardware() -> None:
 
 
 def test_an_absent_device_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"device: 'gpu9' cannot be used here"):
+    with pytest.raises(ConfigError, match=r"device: expected auto, cpu, cuda or cuda:N, found 'gpu9'"):
         resolve_device("gpu9")
 
 
@@ -33,11 +33,16 @@ def test_an_absent_device_is_named() -> None:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
     ],
 )
 def test_running_out_of_memory_names_the_token_budget(error: Exception) -> None:
-    with pytest.raises(UserError, match="out of memory with a token budget of 777 tokens"), memory_errors(777):
+    with (
+        pytest.raises(UserError, match="out of memory with a token budget of 777 tokens"),
+        memory_errors(777),
+    ):
         raise error
 
 

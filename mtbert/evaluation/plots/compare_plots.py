@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from mtbert.evaluation.bootstrap import Difference
-from mtbert.evaluation.metrics import headline_name
+from mtbert.evaluation.metrics import headline_name, metric_fields
 from mtbert.evaluation.plots.curves import loss_unit, trend
 from mtbert.evaluation.plots.style import (
     BLACK,
@@ -55,7 +55,7 @@ def metric_overlay(
     figure, axes = panels(len(tasks), source)
     for panel, (task_name, task) in zip(axes, tasks.items(), strict=True):
         tidy(panel, task.title, "step", f"dev {headline_name(task)}")
-        metric = "pearson" if task.kind == "similarity" else "accuracy"
+        metric, _ = metric_fields(task)
         for place, run in enumerate(runs):
             color, marker = _look(place)
             steps, values = run.history.scores("dev", task_name, metric)

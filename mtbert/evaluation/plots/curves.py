@@ -11,24 +11,31 @@ from matplotlib.ticker import MaxNLocator
 
 from mtbert.evaluation.baselines import Baselines
 from mtbert.evaluation.history import History
-from mtbert.evaluation.metrics import headline_name
+from mtbert.evaluation.metrics import headline_name, metric_fields, second_name
 from mtbert.evaluation.plots.style import (
+    BLACK,
     BLUE,
     DEV,
     GREEN,
     GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
     TRAIN,
     Source,
     empty,
     legend,
     panels,
     smoothed,
+    stacked_panels,
     tidy,
 )
 
 if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
 
+# What train and dev leave of the palette; a task with more classes gets no line for each.
+_CLASS_COLORS = (GREEN, PURPLE, ORANGE, SKY, BLACK)
 _SMOOTH_FROM = 60  # points in a curve from which a moving mean is drawn over the raw values
 
 
@@ -48,17 +55,14 @@ def loss_curves(history: History, tasks: Mapping[str, Task], source: Source) -> 
 def metric_curves(
     history: History, tasks: Mapping[str, Task], baselines: Mapping[str, Baselines], source: Source
 ) -> Figure:
-    """The headline metric of every task on train and dev, with the baseline as a dashed line."""
-    figure, axes = panels(len(tasks), source)
-    for panel, (name, task) in zip(axes, tasks.items(), strict=True):
+    """Two panels a task, on train and dev: the headline metric with the baseline as a dashed line, and under
+    it the second metric: Spearman's correlation, or macro F1 with thin lines for the dev F1 of every class.
+    """
+    figure, axes = stacked_panels(len(tasks), source)
+    for (panel, below), (name, task) in zip(axes, tasks.items(), strict=True):
+        metric, second = metric_fields(task)
         tidy(panel, task.title, "step", headline_name(task))
-        metric = "pearson" if task.kind == "similarity" else "accuracy"
-        for split, color, marker in (("train", TRAIN, "s"), ("dev", DEV, "o")):
-            steps, values = history.scores(split, name, metric)
-            if steps:
-                panel.plot(
-                    steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split
-                )
+        _train_and_dev(panel, history, name, metric)
         base = baselines.get(name)
         if base is not None and panel.lines:
             label, value = "majority class", base.majority
@@ -68,7 +72,23 @@ def metric_curves(
                 label, value = "random chance", base.chance
             panel.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
         _finish(panel, "no evaluations recorded")
+        classes = {} if task.kind == "similarity" else history.class_f1("dev", name)
+        detailed = 0 < len(classes) <= len(_CLASS_COLORS)
+        title = f"{second_name(task)}, dev F1 by class" if detailed else second_name(task)
+        tidy(below, title, "step", "F1" if detailed else second_name(task))
+        if detailed:
+            for (label, (steps, values)), color in zip(classes.items(), _CLASS_COLORS, strict=False):
+                below.plot(steps, values, color=color, marker=".", markersize=4, linewidth=1.0, label=label)
+        _train_and_dev(below, history, name, second)
+        _finish(below, "no evaluations recorded", outside=detailed)
     return figure
+
+
+def _train_and_dev(panel: Axes, history: History, task: str, metric: str) -> None:
+    for split, color, marker in (("train", TRAIN, "s"), ("dev", DEV, "o")):
+        steps, values = history.scores(split, task, metric)
+        if steps:
+            panel.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split)
 
 
 def optimiser_curves(history: History, source: Source) -> Figure:
@@ -86,20 +106,27 @@ def optimiser_curves(history: History, source: Source) -> Figure:
     return figure
 
 
-def speed_plot(history: History, source: Source) -> Figure:
-    """Seconds of every epoch and useful tokens a second."""
+def speed_plot(history: History, source: Source, *, cached: bool = False) -> Figure:
+    """Seconds of every epoch and tokens a second: bars as wide as the share of an epoch that they stand for.
+
+    `cached`: the encoder's features came from memory, so that the tokens are those of the examples trained on.
+    """
     figure, (seconds, tokens) = panels(2, source)
     times = history.epoch_times()
-    epochs = [time.epoch for time in times]
-    tidy(seconds, "Time", "epoch", "seconds per epoch")
-    tidy(tokens, "Throughput", "epoch", "useful tokens per second")
+    ends = [time.epoch for time in times]
+    starts = [0.0, *ends[:-1]]
+    widths = [0.86 * (end - start) for start, end in zip(starts, ends, strict=True)]
+    centres = [(start + end) / 2 for start, end in zip(starts, ends, strict=True)]
+    tidy(seconds, "Time", "epochs done", "seconds between the ends of epochs")
+    unit = "examples' tokens per second\n(features cached)" if cached else "useful tokens per second"
+    tidy(tokens, "Throughput", "epochs done", unit)
     columns = (
         (seconds, [time.seconds for time in times], BLUE),
         (tokens, [time.tokens_per_second for time in times], GREEN),
     )
     for panel, values, color in columns:
         if values:
-            panel.bar(epochs, values, color=color, width=0.7)
+            panel.bar(centres, values, color=color, width=widths)
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         panel.grid(False, axis="x")
         _finish(panel, "no whole epoch yet", filled=bool(values))
@@ -117,10 +144,14 @@ def trend(panel: Axes, steps: list[float], values: list[float], *, color: str, l
     panel.plot(steps, smoothed(values, len(values) // 25), color=color, linewidth=1.6, label=label)
 
 
-def _finish(panel: Axes, reason: str, filled: bool | None = None) -> None:
+def _finish(panel: Axes, reason: str, filled: bool | None = None, *, outside: bool = False) -> None:
+    """Whole numbers on the x axis, and a legend (`outside`: under the panel) or why there is nothing to see."""
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if filled if filled is not None else bool(panel.lines):
-        legend(panel)
+        if outside:
+            legend(panel, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, borderaxespad=0.0)
+        else:
+            legend(panel)
     else:
         empty(panel, reason)
 

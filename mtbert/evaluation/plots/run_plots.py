@@ -54,5 +54,5 @@ def write_plots(
     if history.steps:
         drawn["optimiser"] = optimiser_curves(history, source)
     if history.epochs:
-        drawn["speed"] = speed_plot(history, source)
+        drawn["speed"] = speed_plot(history, source, cached=run.features_cached)
     return {name: save(figure, run.folder / "plots" / f"{name}.png") for name, figure in drawn.items()}

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mtbert.errors import UserError
+from mtbert.evaluation.files import write_bytes
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -43,6 +43,23 @@ def panels(
     down = math.ceil(count / across)
     figure = new_figure(max(across * width, 5.5), down * height, source)
     return figure, [figure.add_subplot(down, across, place + 1) for place in range(count)]
+
+
+def stacked_panels(
+    count: int, source: Source, *, width: float = 4.6, heights: tuple[float, float] = (3.2, 3.9)
+) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """A figure with `count` pairs of panels, the second under the first, pairs laid out as `panels` are."""
+    across = min(count, 2 if count == 4 else 3)
+    down = math.ceil(count / across)
+    figure = new_figure(max(across * width, 5.5), down * sum(heights), source)
+    grid = figure.add_gridspec(2 * down, across, height_ratios=heights * down)
+    pairs = []
+    for place in range(count):
+        row, column = divmod(place, across)
+        pairs.append(
+            (figure.add_subplot(grid[2 * row, column]), figure.add_subplot(grid[2 * row + 1, column]))
+        )
+    return figure, pairs
 
 
 def new_figure(width: float, height: float, source: Source) -> Figure:
@@ -98,9 +115,4 @@ def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG at 100 dots an inch; a UserError names the path when it can't be written."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image.getvalue())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path
+    return write_bytes(path, image.getvalue())
