@@ -19,13 +19,12 @@ class Baselines:
     """The headline metric of two guesses on the dev table.
 
     `chance`: every class equally often at random (expected accuracy), or random scores (Pearson 0).
-    `majority`: always the commonest class of the training table, or always its mean score (Pearson 0).
-    `answer` is that class's number or that mean; None, like `majority`, where the tables are not known.
+    `majority`: always the commonest class of the training table, or always its mean score (Pearson 0);
+    None where the tables are not known.
     """
 
     chance: float
     majority: float | None
-    answer: float | None
 
 
 def label_histogram(task: Task, labels: np.ndarray | None) -> dict[str, Any] | None:
@@ -58,9 +57,9 @@ def baselines_from_histograms(
 ) -> Baselines:
     """The same from `label_histogram`'s summaries, which a run's folder keeps."""
     if task.kind == "similarity":
-        return Baselines(chance=0.0, majority=0.0, answer=None if train is None else train.get("mean"))
+        return Baselines(chance=0.0, majority=0.0)
     chance = 1.0 / task.classes
     if train is None or dev is None or not sum(train["counts"]):
-        return Baselines(chance=chance, majority=None, answer=None)
+        return Baselines(chance=chance, majority=None)
     answer = int(np.argmax(train["counts"]))
-    return Baselines(chance, majority=dev["counts"][answer] / max(sum(dev["counts"]), 1), answer=answer)
+    return Baselines(chance, majority=dev["counts"][answer] / max(sum(dev["counts"]), 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtbert.evaluation.bootstrap import RESAMPLES
+from mtbert.evaluation.evaluation_table import evaluation_rows
 from mtbert.evaluation.files import write_text
+from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.markdown import escape, fenced
 from mtbert.evaluation.metrics import TaskScores, class_names
 from mtbert.evaluation.plots import write_plots
+from mtbert.evaluation.plots.curves import loss_unit
 from mtbert.evaluation.predictions import Predictions
 from mtbert.evaluation.results import Results, class_table_rows, result_rows, results
 from mtbert.evaluation.run import Run, check_tasks, read_run, run_baselines
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 Examples = Mapping[str, tuple[Sequence[str], Sequence[tuple[str, ...]], "np.ndarray | None"]]
 
+PROBLEMS_FILE = "problems.txt"
 PROBLEMS_SHOWN = 10
 TEXT_LIMIT = 240
 
@@ -52,6 +57,7 @@ def write_report(
     sections = [
         _header(run),
         _results(run, outcome, resamples),
+        _evaluations(run, chosen),
         _figures(plots, folder, ("metrics", "losses")),
         *(
             _task(task, outcome, predictions, plots, folder, examples, worst)
@@ -120,13 +126,35 @@ def _results(run: Run, outcome: Results, resamples: int) -> str:
     ]
     best = run.history.best_evaluation()
     if best is not None:
-        epoch = f", epoch {best['epoch']:g}" if "epoch" in best else ""
-        notes.append(f"The best evaluation was at step {best['step']:,}{epoch}; `train` is of that moment.")
+        epoch = f", epoch {epoch_text(best['epoch'])}" if "epoch" in best else ""
+        sample = f"; `train` is of that moment, {_train_sample(run, outcome)}" if outcome.train else ""
+        notes.append(f"The best evaluation was at step {best['step']:,}{epoch}{sample}.")
     if outcome.overall is not None:
         notes.append(
             "`overall` = (SST + paraphrase + (STS + 1) / 2) / 3, `mean` = (SST + paraphrase + STS) / 3."
         )
     return f"## Results\n\n{markdown_table(*result_rows(outcome))}\n\n" + "\n".join(notes)
+
+
+def _train_sample(run: Run, outcome: Results) -> str:
+    """On how many of the training examples the train scores rest."""
+    parts, whole = [], True
+    for name, scores in outcome.train.items():
+        rows = run.data(name, "train").get("rows")
+        whole = whole and scores.examples == rows
+        parts.append(f"{escape(name)} {scores.examples:,}" + (f" of {rows:,}" if rows else ""))
+    if whole:
+        return "on all training examples"
+    return f"on a seeded sample of the training examples ({', '.join(parts)})"
+
+
+def _evaluations(run: Run, tasks: Mapping[str, Task]) -> str:
+    if not run.history.evaluations:
+        return ""
+    headers, rows = evaluation_rows(run.history, tasks)
+    units = sorted({loss_unit(task) for task in tasks.values()})
+    note = f"Scores are train / dev; `overall` and `mean` are of dev. Losses: {', '.join(units)}."
+    return f"## After every evaluation\n\n{markdown_table(list(map(escape, headers)), rows)}\n\n{note}"
 
 
 def _figures(plots: Mapping[str, Path], folder: Path, names: Sequence[str]) -> str:
@@ -170,7 +198,11 @@ def _worst(
     examples: tuple[Sequence[str], Sequence[tuple[str, ...]], np.ndarray | None],
     count: int,
 ) -> str:
-    texts = dict(zip(examples[0], examples[1], strict=True))
+    ids, texts = examples[0], examples[1]
+    # Ids may repeat: the place in the table says which example is meant, as long as the order is the same.
+    same_order = list(ids) == list(predictions.ids)
+    times = Counter(ids)
+    by_id = {name: sentences for name, sentences in zip(ids, texts, strict=True) if times[name] == 1}
     mistakes = worst_errors(task, predictions, count)
     if not mistakes:
         return ""
@@ -178,9 +210,8 @@ def _worst(
     similarity = task.kind == "similarity"
     rows: list[list[Cell]] = []
     for mistake in mistakes:
-        sentences = " <br> ".join(
-            escape(text, TEXT_LIMIT) for text in texts.get(mistake.id, ("(not given)",))
-        )
+        found = texts[mistake.index] if same_order else by_id.get(mistake.id, ("(not given)",))
+        sentences = " <br> ".join(escape(text, TEXT_LIMIT) for text in found)
         if similarity:
             answers = [f"{mistake.label:.2f}", f"{mistake.prediction:.2f}", f"{mistake.badness:.2f}"]
         else:
@@ -217,11 +248,13 @@ def _data(run: Run, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder
     headers = ["task", "split", "file", "rows", "unusable rows", "truncated", "also in train"]
     parts = ["## Data", markdown_table(headers, rows)]
     if problems:
+        listing = (folder / PROBLEMS_FILE).is_file()
         shown = [f"- {escape(problem, TEXT_LIMIT)}" for problem in problems[:PROBLEMS_SHOWN]]
         more = unlisted + len(problems) - len(shown)
         if more:
-            shown.append(f"- and {more:,} more (run.json lists {len(problems):,})")
-        parts.append("Rows that could not be used:\n\n" + "\n".join(shown))
+            shown.append(f"- and {more:,} more" + ("" if listing else f" (run.json lists {len(problems):,})"))
+        where = f" (all of them are in [{PROBLEMS_FILE}]({PROBLEMS_FILE}))" if listing else ""
+        parts.append(f"Rows that could not be used{where}:\n\n" + "\n".join(shown))
     return "\n\n".join(filter(None, [*parts, _figures(plots, folder, ("labels",))]))
 
 
@@ -239,14 +272,26 @@ def _problem(problem: Any) -> str:
 def _training(run: Run, plots: Mapping[str, Path], folder: Path) -> str:
     times = run.history.epoch_times()
     parts = ["## Training"]
+    kind, meaning = "useful tokens", "real tokens of training steps, no padding"
+    if run.features_cached:
+        kind = "examples' tokens"
+        meaning = (
+            "features cached: the frozen encoder read every table once, training steps read its features"
+        )
     if times:
         seconds, tokens = sum(time.seconds for time in times), sum(time.tokens for time in times)
         if seconds > 0:
-            rate = f"{tokens:,} useful tokens in {seconds:,.0f} seconds: {tokens / seconds:,.0f} a second"
-            parts.append(f"{rate} (real tokens of training steps, no padding; evaluation not counted).")
-        headers = ["epoch", "step", "seconds", "useful tokens", "tokens per second"]
+            rate = f"{tokens:,} {kind} in {seconds:,.0f} seconds: {tokens / seconds:,.0f} a second"
+            parts.append(f"{rate} ({meaning}; evaluation not counted).")
+        headers = ["epoch", "step", "seconds", kind, "tokens per second"]
         rows: list[list[Cell]] = [
-            [f"{time.epoch:g}", time.step, round(time.seconds, 1), time.tokens, round(time.tokens_per_second)]
+            [
+                epoch_text(time.epoch),
+                time.step,
+                round(time.seconds, 1),
+                time.tokens,
+                round(time.tokens_per_second),
+            ]
             for time in times
         ]
         parts.append(markdown_table(headers, rows, digits=1))

@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from mtbert.errors import DataError
-from mtbert.evaluation.bootstrap import align, interval, intervals, paired_difference, paired_differences
+from mtbert.evaluation.bootstrap import Difference, Interval, align, intervals, paired_differences
 from mtbert.evaluation.metrics import score
 from mtbert.evaluation.predictions import Predictions
-from mtbert.tasks.registry import TASKS
+from mtbert.tasks.registry import TASKS, Task
 
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]
 
@@ -25,6 +25,19 @@ def binary_outputs(labels: np.ndarray, accuracy: float, generator: np.random.Gen
 
 def predictions(task: str, labels: np.ndarray, outputs: np.ndarray) -> Predictions:
     return Predictions(task, "dev", tuple(f"{task}-{i}" for i in range(len(labels))), labels, outputs)
+
+
+def interval(task: Task, labels: np.ndarray, outputs: np.ndarray, **options: int) -> Interval:
+    """The interval of a task alone."""
+    return intervals(TASKS, {task.name: predictions(task.name, labels, outputs)}, **options)[task.name]
+
+
+def paired_difference(
+    task: Task, labels: np.ndarray, first: np.ndarray, second: np.ndarray, **options: int
+) -> Difference:
+    """The difference of two runs in a task alone."""
+    ends = [{task.name: predictions(task.name, labels, outputs)} for outputs in (first, second)]
+    return paired_differences(TASKS, *ends, **options)[task.name]
 
 
 def test_accuracy_interval_is_that_of_the_binomial() -> None:

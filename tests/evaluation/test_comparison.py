@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.comparison import compare_runs, config_differences
 from mtbert.evaluation.metrics import overall, score
 from mtbert.evaluation.predictions import Predictions, read_outputs
+from mtbert.evaluation.run import read_run
 from mtbert.evaluation.seeds import summarise_seeds, write_seeds
 from mtbert.tasks.registry import TASKS
 
@@ -68,6 +70,30 @@ def test_a_run_against_itself(make_run) -> None:
     assert found.config == {}
 
 
+def test_a_run_of_several_seeds_carries_its_experiments_name(
+    make_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run("minilm/seed-12", info={"name": "seed-12"})
+    assert read_run(folder).name == "minilm/seed-12"
+    monkeypatch.chdir(folder)
+    assert read_run(Path()).name == "minilm/seed-12"
+    assert read_run(make_run("minilm/seed-best", info={"name": "seed-best"})).name == "seed-best"
+    assert read_run(make_run("minilm/seed-1", info={"name": "renamed"})).name == "renamed"
+
+
+def test_the_folder_of_several_seeds_names_one_of_them(make_run) -> None:
+    base, first = make_run("base"), make_run("minilm/seed-3")
+    make_run("minilm/seed-4")
+    parent = first.parent
+    (parent / "config.yaml").write_text("seed: 3\nseeds: 2\n")
+    message = re.escape(f"{parent}: holds the runs of 2 seeds") + ".*" + re.escape(f"such as {first}") + "$"
+    with pytest.raises(ConfigError, match=message):
+        compare_runs([base, parent], TASKS)
+    (parent / "config.yaml").write_text("seeds: 1\n")
+    with pytest.raises(ConfigError, match=r"run\.json is missing"):
+        read_run(parent)
+
+
 def test_what_cannot_be_compared_is_refused(make_run, tmp_path: Path) -> None:
     base = make_run("base")
     with pytest.raises(ConfigError, match="at least two runs, found 1"):
@@ -117,6 +143,7 @@ def test_seeds_are_summarised(make_run, tmp_path: Path) -> None:
     page = (tmp_path / "seeds.md").read_text(encoding="utf-8")
     assert page.startswith("# 3 seeds\n")
     assert f"| overall | {np.mean(joint):.4f} | {np.std(joint, ddof=1):.4f} |" in page
+    assert summary.runs == ("seed-0", "seed-1", "seed-2")
     assert "seed-2" in summary.to_text().splitlines()[0]
 
 

@@ -104,10 +104,50 @@ def test_the_baseline_is_a_dashed_line(make_run) -> None:
     run = read_run(make_run("run"))
     tasks = {name: TASKS[name] for name in run.tasks}
     base = run_baselines(run, tasks)
-    panels = metric_curves(run.history, tasks, base, SOURCE).axes
+    panels = metric_curves(run.history, tasks, base, SOURCE).axes[::2]
     for panel, (name, _) in zip(panels, tasks.items(), strict=True):
         dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
         assert [line.get_ydata()[0] for line in dashed] == [base[name].majority]
+
+
+def test_the_second_metric_and_the_classes_stand_under_the_headline(make_run) -> None:
+    run = read_run(make_run("run"))
+    tasks = {name: TASKS[name] for name in run.tasks}
+    panels = metric_curves(run.history, tasks, {}, SOURCE).axes
+    for above, below, task in zip(panels[::2], panels[1::2], tasks.values(), strict=True):
+        assert above.get_position().y0 > below.get_position().y1
+        assert above.get_position().x0 == pytest.approx(below.get_position().x0, abs=0.01)
+        curves = {line.get_label(): list(line.get_ydata()) for line in below.lines}
+        metric = "spearman" if task.kind == "similarity" else "macro_f1"
+        for split in ("train", "dev"):
+            assert curves.pop(split) == run.history.scores(split, task.name, metric)[1]
+        assert list(curves) == list(task.class_names)
+        last = run.history.evaluations[-1]["dev"][task.name].get("classes", [])
+        assert [values[-1] for values in curves.values()] == [row["f1"] for row in last]
+
+
+def test_a_task_with_many_classes_gets_no_line_for_each() -> None:
+    classes = [{"name": str(number), "f1": 0.5} for number in range(6)]
+    scores = {"sst": {"accuracy": 0.5, "macro_f1": 0.5, "classes": classes}}
+    history = History(evaluations=[{"kind": "evaluation", "step": 1, "dev": scores}])
+    _, below = metric_curves(history, {"sst": TASKS["sst"]}, {}, SOURCE).axes
+    assert [line.get_label() for line in below.lines] == ["dev"]
+
+
+def test_a_part_of_an_epoch_gets_a_narrow_bar() -> None:
+    ends = ((1.0, 40), (2.0, 80), (2.375, 95))
+    lines = [
+        {"kind": "epoch", "step": step, "epoch": epoch, "seconds": 10.0 * epoch, "tokens": 1000 * step}
+        for epoch, step in ends
+    ]
+    for cached in (False, True):
+        figure = speed_plot(History(epochs=lines), SOURCE, cached=cached)
+        check(figure)
+        for panel in figure.axes:
+            bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in panel.patches]
+            for (left, right), start, end in zip(bars, (0, 1, 2), (1, 2, 2.375), strict=True):
+                assert start < left < right < end
+        assert ("features cached" in figure.axes[1].get_ylabel()) == cached
 
 
 def test_histories_with_little_in_them() -> None:

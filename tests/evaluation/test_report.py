@@ -67,7 +67,7 @@ def test_a_whole_report(make_run) -> None:
     assert "**Contamination.** Quora pairs" in report
     assert "Synthetic" not in report
     assert "| class | precision | recall | F1 | support | predicted |" in report
-    assert rows_of(report, "| epoch | step |")["1"][2] == "100,000"
+    assert rows_of(report, "| epoch | step | seconds |")["1"][2] == "100,000"
     assert "lr: 5.0e-05" in report
     assert "Worst errors" not in report
 
@@ -101,6 +101,87 @@ def test_worst_errors_carry_their_sentences(make_run) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("same_order", [True, False])
+def test_worst_errors_of_repeated_ids_never_show_another_sentence(make_run, same_order: bool) -> None:
+    outputs = np.array([[-3.0], [-9.0], [-6.0]])
+    entry = Predictions("para", "dev", ("twice", "twice", "once"), np.array([0, 1, 1]), outputs)
+    folder = make_run("run", names=("para",), predictions={"para": entry})
+    ids, texts = list(entry.ids), [("first", "pair"), ("second", "pair"), ("third", "pair")]
+    step = 1 if same_order else -1
+    examples = {"para": (ids[::step], texts[::step], None)}
+    report = write_report(folder, TASKS, examples).read_text(encoding="utf-8")
+    shown = list(rows_of(report, "| text | label | prediction |"))
+    assert shown == ["second <br> pair" if same_order else "(not given)", "third <br> pair"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_every_evaluation_has_its_row(make_run) -> None:
+    folder = make_run("run")
+    report = write_report(folder, TASKS).read_text(encoding="utf-8")
+    run = read_run(folder)
+    table = rows_of(report, "| epoch | step | sst accuracy | sst macro F1 | sst dev loss | para accuracy |")
+    best = run.history.best_evaluation()
+    assert len(table) == len(run.history.evaluations) == 4
+    for line in run.history.evaluations:
+        cells = table[f"{line['epoch']:.0f}" + (" (best)" if line is best else "")]
+        expected = [f"{line['step']:,}"]
+        for task, first, second in (
+            ("sst", "accuracy", "macro_f1"),
+            ("para", "accuracy", "macro_f1"),
+            ("sts", "pearson", "spearman"),
+        ):
+            train, dev = line["train"][task], line["dev"][task]
+            expected += [f"{train[name]:.3f} / {dev[name]:.3f}" for name in (first, second)]
+            expected.append(f"{line['dev_loss'][task]:.3f}")
+        assert cells == [*expected, f"{line['overall']:.3f}", f"{line['mean']:.3f}"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_evaluations_without_train_scores_or_joint_scores(make_run) -> None:
+    folder = make_run("run", names=("para", "cfimdb"), history=False)
+    scores = {"para": {"kind": "binary", "examples": 9, "accuracy": 0.75, "macro_f1": 0.5}}
+    line = {"kind": "evaluation", "step": 53, "epoch": 2.366071, "train": {}, "dev": scores, "score": 0.75}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    report = write_report(folder, TASKS).read_text(encoding="utf-8")
+    table = rows_of(report, "| epoch | step | para accuracy |")
+    row = ["53", "- / 0.750", "- / 0.500", "-", "- / -", "- / -", "-"]
+    assert table == {"2.37 (best)": row}
+    assert "The best evaluation was at step 53, epoch 2.37." in report
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_train_scores_say_on_how_many_examples_they_rest(make_run) -> None:
+    folder = make_run("run", names=("cfimdb",))
+    sampled = "`train` is of that moment, on a seeded sample of the training examples (cfimdb 245 of 1,707)."
+    assert sampled in write_report(folder, TASKS).read_text(encoding="utf-8")
+    info = json.loads((folder / "run.json").read_text())
+    info["data"]["cfimdb"]["train"]["rows"] = 245
+    (folder / "run.json").write_text(json.dumps(info))
+    assert "moment, on all training examples." in write_report(folder, TASKS).read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_speed_of_whole_and_broken_off_epochs(make_run) -> None:
+    folder = make_run("run", names=("para",), history=False)
+    times = ((1.0, 40, 10.0, 4000), (2.0, 80, 20.0, 8000), (2.366071, 95, 24.0, 9400))
+    lines = [
+        {"kind": "epoch", "epoch": epoch, "step": step, "seconds": seconds, "tokens": tokens}
+        for epoch, step, seconds, tokens in times
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = write_report(folder, TASKS).read_text(encoding="utf-8")
+    table = rows_of(report, "| epoch | step | seconds | useful tokens |")
+    assert list(table) == ["1", "2", "2.37"]
+    assert table["2.37"] == ["95", "4.0", "1,400", "350"]
+    assert "features cached" not in report
+    info = json.loads((folder / "run.json").read_text()) | {"mode": "last-linear-layer"}
+    (folder / "run.json").write_text(json.dumps(info))
+    report = write_report(folder, TASKS).read_text(encoding="utf-8")
+    assert "9,400 examples' tokens in 24 seconds: 392 a second (features cached: " in report
+    assert rows_of(report, "| epoch | step | seconds | examples' tokens |") == table
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_synthetic_data_is_plainly_called_so(make_run) -> None:
     folder = make_run("run", info={"synthetic": True})
     assert "**Synthetic data.**" in write_report(folder, TASKS).read_text(encoding="utf-8")
@@ -119,6 +200,11 @@ def test_rows_that_could_not_be_used(make_run) -> None:
     assert "- quora-dev.csv, line 8: no \\| label\n" in report
     assert "line 9:" not in report
     assert "- and 31 more (run.json lists 13)" in report
+    assert "problems.txt" not in report
+    (folder / "problems.txt").write_text("all of them\n")
+    whole = write_report(folder, TASKS).read_text(encoding="utf-8")
+    assert "Rows that could not be used (all of them are in [problems.txt](problems.txt)):" in whole
+    assert "- and 31 more\n" in whole
     lines = [line for line in report.splitlines() if line.startswith("| Quora paraphrase | dev |")]
     assert lines == ["| Quora paraphrase | dev | quora-dev.csv | 2,000 | 40 | 3 | 2 |"]
 
@@ -148,9 +234,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_a_folder_that_cannot_be_written_is_named(make_run) -> None:
     folder = make_run("run")
-    (folder / "report.md.partial").mkdir()
+    (folder / "report.md").mkdir()
     with pytest.raises(UserError, match=r"report\.md: cannot be written"):
         write_report(folder, TASKS)
+    assert not [file for file in folder.iterdir() if "partial" in file.name]
 
 
 def test_the_terminals_table(make_run) -> None:

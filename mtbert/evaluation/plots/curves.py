@@ -74,12 +74,12 @@ def metric_curves(
         _finish(panel, "no evaluations recorded")
         classes = {} if task.kind == "similarity" else history.class_f1("dev", name)
         detailed = 0 < len(classes) <= len(_CLASS_COLORS)
-        title = f"{second_name(task)}, dev F1 by class" if detailed else second_name(task)
+        title = f"{second_name(task)} (thin: dev F1 by class)" if detailed else second_name(task)
         tidy(below, title, "step", "F1" if detailed else second_name(task))
+        _train_and_dev(below, history, name, second)
         if detailed:
             for (label, (steps, values)), color in zip(classes.items(), _CLASS_COLORS, strict=False):
                 below.plot(steps, values, color=color, marker=".", markersize=4, linewidth=1.0, label=label)
-        _train_and_dev(below, history, name, second)
         _finish(below, "no evaluations recorded", outside=detailed)
     return figure
 
@@ -88,7 +88,9 @@ def _train_and_dev(panel: Axes, history: History, task: str, metric: str) -> Non
     for split, color, marker in (("train", TRAIN, "s"), ("dev", DEV, "o")):
         steps, values = history.scores(split, task, metric)
         if steps:
-            panel.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split)
+            panel.plot(
+                steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split, zorder=3
+            )
 
 
 def optimiser_curves(history: History, source: Source) -> Figure:
@@ -114,7 +116,7 @@ def speed_plot(history: History, source: Source, *, cached: bool = False) -> Fig
     figure, (seconds, tokens) = panels(2, source)
     times = history.epoch_times()
     ends = [time.epoch for time in times]
-    starts = [0.0, *ends[:-1]]
+    starts = [0.0, *ends][:-1]
     widths = [0.86 * (end - start) for start, end in zip(starts, ends, strict=True)]
     centres = [(start + end) / 2 for start, end in zip(starts, ends, strict=True)]
     tidy(seconds, "Time", "epochs done", "seconds between the ends of epochs")
