@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from mtbert.data.overlap import train_dev_overlap
 from mtbert.data.tables import Table, TableLayout, read_folder
 from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.tasks import TASKS
 
 NAMES = {"sst": "ids-sst", "para": "quora", "sts": "sts", "cfimdb": "ids-cfimdb"}
 ROWS = {
@@ -57,17 +59,20 @@ def test_labels(tables: dict[str, dict[str, Table]]) -> None:
     assert (scores.min(), scores.max()) == (0.0, 5.0)
 
 
-def test_texts_survive_quoting_and_markup(tables: dict[str, dict[str, Table]]) -> None:
-    para = [text for texts in tables["para"]["test"].texts for text in texts]
-    assert (
-        '"Which is correct grammar: I graduated from University of XXXX or I graduated from the University '
-        'of XXXX? Do I need ""the"" here?"' in para
-    )
+def test_texts_are_those_of_the_csv_module(shared_data: Path, tables: dict[str, dict[str, Table]]) -> None:
+    for task, splits in tables.items():
+        columns = TASKS[task].layout.text_columns
+        for split, table in splits.items():
+            with (shared_data / TASKS[task].files[split]).open(encoding="utf-8", newline="") as file:
+                rows = {row["id"].strip(): row for row in csv.DictReader(file, delimiter="\t")}
+            for identity, texts in zip(table.ids, table.texts, strict=True):
+                assert texts == tuple(rows[identity][column].strip() for column in columns)
+
+
+def test_markup_and_short_texts_are_kept(tables: dict[str, dict[str, Table]]) -> None:
     assert any("[math]" in text for texts in tables["para"]["train"].texts for text in texts)
+    assert any('""' in text for texts in tables["para"]["test"].texts for text in texts)
     assert sum("<br />" in texts[0] for texts in tables["cfimdb"]["train"].texts) > 500
-    assert tables["sst"]["dev"].texts[0] == (
-        "It 's a lovely film with lovely performances by Buy and Accorsi .",
-    )
     assert min(len(text) for texts in tables["para"]["dev"].texts for text in texts) == 1
 
 
