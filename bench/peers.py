@@ -8,11 +8,9 @@ examples of one task to its longest, and accumulates batches until it has the to
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import dataclass
 from importlib import metadata
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +25,6 @@ from mtbert.optim.adamw import OptimizerConfig
 from mtbert.tasks.registry import Task
 
 BATCH = GROUP
-
-
-def hide_kernels_folder() -> None:
-    """Keep transformers and peft, which look for another project's package `kernels`, from the folder of
-    that name at the top of this repository, which can only be imported as `mtbert.kernels`."""
-    sys.modules.setdefault("kernels", cast(ModuleType, None))
 
 
 def is_installed(*packages: str) -> bool:
@@ -156,7 +148,6 @@ def padding_share(loop: PlainLoop) -> float:
 
 def build_model(workload: Workload, lora: LoraConfig | None, dropout: float, seed: int) -> PlainModel:
     """The encoder of the workload with fresh heads; with `lora`, frozen under adapters of peft."""
-    hide_kernels_folder()
     from transformers import AutoModel
 
     torch.manual_seed(seed)

@@ -8,27 +8,35 @@ second copy would register its operators twice and would hold a second dispatch 
 from __future__ import annotations
 
 if __name__ != "mtbert.kernels":
-    raise ImportError(
-        f"this package is mtbert.kernels and was imported as {__name__!r}: install the project with "
-        "`pip install -e .` and write `import mtbert.kernels`"
-    )
+    # A program that runs in the checkout's top folder finds this folder under the name of another project's package,
+    # for which transformers looks. Version 0 tells it that this one is too old to be used; whoever wants something
+    # from here gets the reason.
+    __version__ = "0"
+    __path__: list[str] = []
 
-from .add_layer_norm import add_layer_norm
-from .attention import attention
-from .bias_gelu import bias_gelu
-from .dropout import Dropout, dropout
-from .embedding import embedding
-from .linear import linear
-from .lora_linear import lora_linear, lora_qkv
+    def __getattr__(name: str) -> object:
+        raise ImportError(
+            f"{name}: this package is mtbert.kernels and was imported as {__name__!r}: install the project with "
+            "`pip install -e .` and write `import mtbert.kernels`"
+        )
 
-__all__ = [
-    "Dropout",
-    "add_layer_norm",
-    "attention",
-    "bias_gelu",
-    "dropout",
-    "embedding",
-    "linear",
-    "lora_linear",
-    "lora_qkv",
-]
+else:
+    from .add_layer_norm import add_layer_norm
+    from .attention import attention
+    from .bias_gelu import bias_gelu
+    from .dropout import Dropout, dropout
+    from .embedding import embedding
+    from .linear import linear
+    from .lora_linear import lora_linear, lora_qkv
+
+    __all__ = [
+        "Dropout",
+        "add_layer_norm",
+        "attention",
+        "bias_gelu",
+        "dropout",
+        "embedding",
+        "linear",
+        "lora_linear",
+        "lora_qkv",
+    ]

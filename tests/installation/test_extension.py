@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -123,14 +121,3 @@ def test_no_cuda_library_and_no_search_path_is_linked() -> None:
         assert not any(name in line for line in needed), f"the extension needs {name}"
     assert "RPATH" not in shown
     assert "RUNPATH" not in shown
-
-
-def test_kernels_refuse_a_second_name() -> None:
-    path = Path(importlib.import_module("mtbert.kernels").__file__ or "")
-    spec = importlib.util.spec_from_file_location(
-        "kernels", path, submodule_search_locations=[str(path.parent)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    with pytest.raises(ImportError, match=r"mtbert\.kernels"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -69,10 +69,23 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_name_of_the_package_is_refused() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from kernels import attention"
     root = os.path.dirname(os.path.dirname(dispatch.__file__))
     done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
     assert "this package is mtbert.kernels and was imported as 'kernels'" in done.stderr
+
+
+def test_transformers_does_not_take_the_folder_for_a_package_of_that_name() -> None:
+    pytest.importorskip("transformers")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from transformers import BertModel\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "assert not is_kernels_available()"
+    )
+    root = os.path.dirname(os.path.dirname(dispatch.__file__))
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 _RAISES = """
