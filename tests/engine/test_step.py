@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,9 @@ def gradients(assembly: Assembly, step: int = 3) -> dict[str, torch.Tensor]:
 def test_passes_give_the_gradient_of_the_whole_step(
     tiny_bert: Path, tmp_path: Path, mode: str, pair: object
 ) -> None:
-    tasks = {
-        name: TaskConfig(batch_size=6, max_length=64, head=HeadConfig(pair=pair, dropout=0.2, pooling="mean"))
-        for name in ("sst", "para", "sts")
-    }
+    single = HeadConfig(dropout=0.2, pooling="mean")
+    heads = {"sst": single, "para": replace(single, pair=pair), "sts": replace(single, pair=pair)}
+    tasks = {name: TaskConfig(batch_size=6, max_length=64, head=head) for name, head in heads.items()}
     whole = assemble(tiny_config(tiny_bert, tmp_path, mode=mode, task=tasks, max_tokens=4096))
     split = assemble(tiny_config(tiny_bert, tmp_path, mode=mode, task=tasks, max_tokens=128))
     expected, found = gradients(whole), gradients(split)
