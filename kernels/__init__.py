@@ -12,7 +12,7 @@ if __name__ != "mtbert.kernels":
     # for which transformers looks. Version 0 tells it that this one is too old to be used; whoever wants something
     # from here gets the reason.
     __version__ = "0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
         raise ImportError(

@@ -329,7 +329,7 @@ def _exit_code() -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader went away (`| head`): Python's own flush at exit must not complain again.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
     return code
 

@@ -116,15 +116,6 @@ class RunFolder:
         """Write `value` as JSON, as a whole or not at all; NaN and infinity become null. Raises UserError."""
         self.write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def read_json(self, path: Path) -> Any:
-        """Read a JSON file of this folder. Raises UserError when it is missing or damaged."""
-        try:
-            return json.loads(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-
     def _make(self, *, exist_ok: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=exist_ok)

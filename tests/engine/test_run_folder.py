@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -176,13 +177,9 @@ def test_files_on_a_real_full_disk(tmp_path: Path) -> None:
 def test_json_comes_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.write_json(run.predictions / "x.json", {"a": [1, 2.5, None], "naïve": float("nan")})
-    assert run.read_json(run.predictions / "x.json") == {"a": [1, 2.5, None], "naïve": None}
-    assert "naïve" in (run.predictions / "x.json").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match=r"run.json cannot be read: No such file"):
-        run.read_json(run.record_path)
-    run.write_text(run.record_path, '{"a": ')
-    with pytest.raises(UserError, match=r"run.json is damaged"):
-        run.read_json(run.record_path)
+    text = (run.predictions / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": [1, 2.5, None], "naïve": None}
+    assert "naïve" in text
 
 
 # ---- the lock
