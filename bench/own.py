@@ -14,11 +14,11 @@ from mtbert.config import Mode, TrainConfig
 from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
+from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.precision import Precision, compute_dtype
 from mtbert.engine.step import StepResult, TrainStep
-from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.lora import LoraConfig
-from mtbert.optim.adamw import build_optimizer
+from mtbert.optim.surgery import SurgeryConfig
 from mtbert.tasks.config import TaskConfig
 
 
@@ -30,6 +30,7 @@ def build_step(
     precision: Precision = "bf16",
     lora: LoraConfig | None = None,
     dropout: float = 0.1,
+    surgery: SurgeryConfig | None = None,
 ) -> TrainStep:
     """A training step of `mode` over the workload's data, one pass of the encoder a step."""
     config = TrainConfig(
@@ -38,6 +39,7 @@ def build_step(
         precision=precision,
         task={name: TaskConfig(max_length=MAX_LENGTH) for name in workload.tasks},
         max_tokens=max(4096, 2 * workload.tokens // len(workload.steps)),
+        surgery=surgery or SurgeryConfig(),
     )
     config.model.pretrained = str(workload.encoder)
     rates = dataclasses.replace(config.model.dropout, embedding=dropout, attention=dropout, hidden=dropout)
@@ -47,21 +49,12 @@ def build_step(
     if lora is not None:
         config.model.lora = lora
     machine = Machine(device, compute_dtype(precision, device))
-    model, _ = load_model(config, machine)
-    losses = {}
-    for name, task in workload.tasks.items():
-        labels = workload.data[name].labels
-        assert labels is not None
-        losses[name] = TaskLoss(task, config.task[name].loss, labels).to(device)
-    return TrainStep(
-        build_forward(config, model, machine),
-        build_optimizer(model, config.optim),
-        losses,
-        workload.data,
-        max_tokens=config.max_tokens,
-        clip_norm=config.optim.clip_norm,
-        seed=config.seed,
-    )
+    model, tokeniser = load_model(config, machine)
+    data = {name: {"train": examples} for name, examples in workload.data.items()}
+    tables = {name: {"train": examples.table} for name, examples in workload.data.items()}
+    losses = task_losses(config, machine, data)
+    forward = build_forward(config, model, machine)
+    return build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
 
 
 def own_side(name: str, workload: Workload, step: TrainStep) -> Side:

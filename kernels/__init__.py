@@ -26,16 +26,20 @@ else:
     from .bias_gelu import bias_gelu
     from .dropout import Dropout, dropout
     from .embedding import embedding
+    from .head_linear import head_linear
     from .linear import linear
     from .lora_linear import lora_linear, lora_qkv
+    from .segments import Segments
 
     __all__ = [
         "Dropout",
+        "Segments",
         "add_layer_norm",
         "attention",
         "bias_gelu",
         "dropout",
         "embedding",
+        "head_linear",
         "linear",
         "lora_linear",
         "lora_qkv",

@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch, extension, reference
 from .checks import check_dropout, check_parameter, check_tensor
+from .grouped import deliver, part, row, split
 from .philox import Dropout
+from .segments import Segments
 
 
 def add_layer_norm(
@@ -23,11 +25,13 @@ def add_layer_norm(
     eps: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + linear_bias)), statistics in float32 (Ba et al. 2016).
 
     x, residual: [T, C], contiguous, of one dtype; weight, bias, linear_bias: [C], of any floating dtype (gradients come
-    back in theirs, and none is computed for a frozen one); linear_bias is that of the product which made x. Returns
+    back in theirs, and none is computed for a frozen one); linear_bias is that of the product which made x.
+    segments: groups of the T rows; a parameter's companion gets one gradient a group instead of the parameter. Returns
     [T, C] in the dtype of x. Raises ValueError naming the argument that does not fit.
     """
     name = "add_layer_norm"
@@ -38,12 +42,23 @@ def add_layer_norm(
     if linear_bias is not None:
         check_parameter(name, "linear_bias", linear_bias, (x.shape[1],), x)
     active = check_dropout(name, dropout_row, dropout, x)
+    groups, parameters, companions = split(
+        name, segments, x.shape[0], {"weight": weight, "bias": bias, "linear_bias": linear_bias}
+    )
     implementation, _ = dispatch.select(name, device=x.device.type, dtype=x.dtype)
     if implementation == "cpu":
         rows = None if active is None else dropout_row
-        return _AddLayerNormCpu.apply(x, residual, weight, bias, linear_bias, eps, rows, active)
+        return _AddLayerNormCpu.apply(x, residual, eps, rows, active, groups, *parameters, *companions)
     return reference.add_layer_norm(
-        x, residual, weight, bias, linear_bias=linear_bias, eps=eps, dropout_row=dropout_row, dropout=active
+        x,
+        residual,
+        weight,
+        bias,
+        linear_bias=linear_bias,
+        eps=eps,
+        dropout_row=dropout_row,
+        dropout=active,
+        segments=segments,
     )
 
 
@@ -55,12 +70,14 @@ class _AddLayerNormCpu(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        linear_bias: Tensor | None,
         eps: float,
         dropout_row: Tensor | None,
         dropout: Dropout | None,
+        groups: list[slice],
+        weight: Tensor,
+        bias: Tensor,
+        linear_bias: Tensor | None,
+        *companions: Tensor | None,
     ) -> Tensor:
         out = torch.empty_like(x)
         mean, rstd = torch.empty(2, x.shape[0])
@@ -74,42 +91,48 @@ class _AddLayerNormCpu(torch.autograd.Function):
             **_arguments(x, residual, weight32, linear_bias32, mean, rstd, dropout_row, dropout),
         )
         ctx.save_for_backward(x, residual, weight, linear_bias, mean, rstd, dropout_row)
-        ctx.dropout = dropout
-        ctx.bias_dtype = bias.dtype
+        ctx.dropout, ctx.groups = dropout, groups
+        ctx.dtypes = [weight.dtype, bias.dtype, None if linear_bias is None else linear_bias.dtype]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, linear_bias, mean, rstd, dropout_row = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias, need_linear_bias, *_ = ctx.needs_input_grad
+        groups = ctx.groups
+        need_x, need_residual = ctx.needs_input_grad[:2]
+        need_parameters, need_companions = ctx.needs_input_grad[6:9], ctx.needs_input_grad[9:]
         grad = grad.contiguous()
         dx = torch.empty_like(x) if need_x else None
         dresidual = torch.empty_like(residual) if need_residual else None
-        dweight, dbias, dlinear_bias = (
-            torch.empty(x.shape[1]) if need else None for need in (need_weight, need_bias, need_linear_bias)
-        )
+        sums = [
+            torch.empty(len(groups), x.shape[1]) if any(needs) else None
+            for needs in zip(need_parameters, need_companions, strict=True)
+        ]
+        dweight, dbias, dlinear_bias = sums
         weight32 = weight.float()
         linear_bias32 = None if linear_bias is None else linear_bias.float()
-        extension.cpu().add_layer_norm_backward(
-            dout=grad.data_ptr(),
-            dx=extension.pointer(dx),
-            dresidual=extension.pointer(dresidual),
-            dweight=extension.pointer(dweight),
-            dbias=extension.pointer(dbias),
-            dlinear_bias=extension.pointer(dlinear_bias),
-            **_arguments(x, residual, weight32, linear_bias32, mean, rstd, dropout_row, ctx.dropout),
-        )
-        return (
-            dx,
-            dresidual,
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(ctx.bias_dtype),
-            None if dlinear_bias is None else dlinear_bias.to(linear_bias.dtype),
-            None,
-            None,
-            None,
-        )
+        for number, rows in enumerate(groups):
+            extension.cpu().add_layer_norm_backward(
+                dout=part(grad, rows).data_ptr(),
+                dx=extension.pointer(part(dx, rows)),
+                dresidual=extension.pointer(part(dresidual, rows)),
+                dweight=extension.pointer(row(dweight, number)),
+                dbias=extension.pointer(row(dbias, number)),
+                dlinear_bias=extension.pointer(row(dlinear_bias, number)),
+                **_arguments(
+                    part(x, rows),
+                    part(residual, rows),
+                    weight32,
+                    linear_bias32,
+                    part(mean, rows),
+                    part(rstd, rows),
+                    part(dropout_row, rows),
+                    ctx.dropout,
+                ),
+            )
+        sums = [None if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.dtypes, strict=True)]
+        return dx, dresidual, None, None, None, None, *deliver(sums, need_parameters, need_companions)
 
 
 def _arguments(

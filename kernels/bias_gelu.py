@@ -10,28 +10,33 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch, extension, reference
 from .checks import check_parameter, check_tensor
+from .grouped import deliver, part, row, split
+from .segments import Segments
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, *, segments: Segments | None = None) -> Tensor:
     """z Phi(z) with z = x + bias and the exact normal distribution function, not its tanh form.
 
     x: [T, F], contiguous; bias: [F], of any floating dtype (its gradient comes back in it, none for a frozen one).
-    Returns [T, F] in the dtype of x. Raises ValueError naming the argument that does not fit.
+    segments: groups of the T rows; the bias's companion gets one gradient a group instead of the bias. Returns [T, F]
+    in the dtype of x. Raises ValueError naming the argument that does not fit.
     """
     check_tensor("bias_gelu", "x", x, (None, None))
     check_parameter("bias_gelu", "bias", bias, (x.shape[1],), x)
+    groups, parameters, companions = split("bias_gelu", segments, x.shape[0], {"bias": bias})
     implementation, _ = dispatch.select("bias_gelu", device=x.device.type, dtype=x.dtype)
     if implementation == "cpu":
-        return _BiasGeluCpu.apply(x, bias)
-    return reference.bias_gelu(x, bias)
+        return _BiasGeluCpu.apply(x, groups, *parameters, *companions)
+    return reference.bias_gelu(x, bias, segments=segments)
 
 
 class _BiasGeluCpu(torch.autograd.Function):
     """Saves what stands before the bias, and computes the rest again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: list[slice], bias: Tensor, companion: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, bias)
+        ctx.groups = groups
         out = torch.empty_like(x)
         bias32 = bias.float()
         extension.cpu().bias_gelu_forward(out=out.data_ptr(), **_arguments(x, bias32))
@@ -39,20 +44,23 @@ class _BiasGeluCpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
+        groups = ctx.groups
+        need_x, _, need_bias, need_companion = ctx.needs_input_grad
         grad = grad.contiguous()
-        need_x, need_bias = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_x else None
-        dbias = torch.empty(x.shape[1]) if need_bias else None
+        dbias = torch.empty(len(groups), x.shape[1]) if need_bias or need_companion else None
         bias32 = bias.float()
-        extension.cpu().bias_gelu_backward(
-            dout=grad.data_ptr(),
-            dx=extension.pointer(dx),
-            dbias=extension.pointer(dbias),
-            **_arguments(x, bias32),
-        )
-        return dx, None if dbias is None else dbias.to(bias.dtype)
+        for number, rows in enumerate(groups):
+            extension.cpu().bias_gelu_backward(
+                dout=part(grad, rows).data_ptr(),
+                dx=extension.pointer(part(dx, rows)),
+                dbias=extension.pointer(row(dbias, number)),
+                **_arguments(part(x, rows), bias32),
+            )
+        sums = [None if dbias is None else dbias.to(bias.dtype)]
+        return dx, None, *deliver(sums, [need_bias], [need_companion])
 
 
 def _arguments(x: Tensor, bias: Tensor) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch, extension, reference
 from .checks import FLOATS, check_dropout, check_parameter, check_tensor, fail
+from .grouped import deliver, part, row, split
 from .philox import Dropout
+from .segments import Segments
 
 
 def embedding(
@@ -25,33 +27,43 @@ def embedding(
     dtype: torch.dtype,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[positions] + token_type[type_ids])), statistics in float32.
 
     ids, type_ids, positions: int32 [T]; tables: word [V, C], position [P, C], token_type [S, C], of one floating dtype;
     weight, bias: [C]. dtype: that of the result [T, C]. Gradients are dense and come back in the parameters' dtypes;
-    none is computed for a frozen one. Raises ValueError naming the argument that does not fit; an index outside its
-    table raises ValueError on a CPU.
+    none is computed for a frozen one. segments: groups of the T tokens; a parameter's companion gets one gradient a
+    group instead of the parameter; that of the word table is by slot where the segments have slots. Raises ValueError
+    naming the argument that does not fit; an index outside its table raises ValueError on a CPU (a slot: in the
+    backward pass).
     """
     name = "embedding"
     words, position_table, types = tables
     check_tensor(name, "ids", ids, (None,), dtypes=(torch.int32,))
-    check_tensor(name, "type_ids", type_ids, tuple(ids.shape), dtypes=(torch.int32,), device=ids.device)
-    check_tensor(name, "positions", positions, tuple(ids.shape), dtypes=(torch.int32,), device=ids.device)
-    check_parameter(name, "tables[0] (word)", words, (None, None), ids)
-    for argument, table in (("tables[1] (position)", position_table), ("tables[2] (token_type)", types)):
+    slots = None if segments is None else segments.slots
+    for argument, index in (("type_ids", type_ids), ("positions", positions), ("segments.slots", slots)):
+        if index is not None:
+            check_tensor(name, argument, index, tuple(ids.shape), dtypes=(torch.int32,), device=ids.device)
+    word_name, position_name, type_name = "tables[0] (word)", "tables[1] (position)", "tables[2] (token_type)"
+    check_parameter(name, word_name, words, (None, None), ids)
+    for argument, table in ((position_name, position_table), (type_name, types)):
         check_tensor(name, argument, table, (None, words.shape[1]), dtypes=(words.dtype,), device=ids.device)
     check_parameter(name, "weight", weight, (words.shape[1],), ids)
     check_parameter(name, "bias", bias, (words.shape[1],), ids)
     if dtype not in FLOATS:
         fail(name, "dtype", "a floating dtype", dtype)
     active = check_dropout(name, dropout_row, dropout, ids)
+    named = dict(
+        zip((word_name, position_name, type_name, "weight", "bias"), (*tables, weight, bias), strict=True)
+    )
+    groups, parameters, companions = split(name, segments, ids.shape[0], named, slotted=word_name)
     implementation, _ = dispatch.select(name, device=ids.device.type, dtype=dtype, table_dtype=words.dtype)
     if implementation == "cpu":
         rows = None if active is None else dropout_row
-        return _EmbeddingCpu.apply(
-            ids, type_ids, positions, words, position_table, types, weight, bias, eps, dtype, rows, active
-        )
+        slots = slots if companions[0] is not None else None
+        options = (eps, dtype, rows, active, groups, slots)
+        return _EmbeddingCpu.apply(ids, type_ids, positions, *options, *parameters, *companions)
     return reference.embedding(
         ids,
         type_ids,
@@ -63,6 +75,7 @@ def embedding(
         dtype=dtype,
         dropout_row=dropout_row,
         dropout=active,
+        segments=segments,
     )
 
 
@@ -75,96 +88,95 @@ class _EmbeddingCpu(torch.autograd.Function):
         ids: Tensor,
         type_ids: Tensor,
         positions: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        dropout_row: Tensor | None,
+        dropout: Dropout | None,
+        groups: list[slice],
+        slots: Tensor | None,
         words: Tensor,
         position_table: Tensor,
         types: Tensor,
         weight: Tensor,
         bias: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        dropout_row: Tensor | None,
-        dropout: Dropout | None,
+        *companions: Tensor | None,
     ) -> Tensor:
         out = torch.empty(ids.shape[0], words.shape[1], dtype=dtype)
         mean, rstd = torch.empty(2, ids.shape[0])
         tables = (words, position_table, types)
         weight32 = weight.float()
         bias32 = bias.float()
+        by_token = (ids, type_ids, positions, mean, rstd, dropout_row)
         extension.cpu().embedding_forward(
             bias=bias32.data_ptr(),
             out=out.data_ptr(),
             eps=eps,
-            **_arguments(ids, type_ids, positions, tables, weight32, mean, rstd, dtype, dropout_row, dropout),
+            **_arguments(by_token, tables, weight32, dtype, dropout),
         )
-        ctx.save_for_backward(ids, type_ids, positions, *tables, weight, mean, rstd, dropout_row)
-        ctx.dropout = dropout
-        ctx.bias_dtype = bias.dtype
+        ctx.save_for_backward(*by_token, slots, *tables, weight)
+        ctx.dropout, ctx.groups = dropout, groups
+        ctx.dtypes = [p.dtype for p in (*tables, weight, bias)]
+        ctx.companion_shapes = [None if c is None else c.shape for c in companions]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, type_ids, positions, *tables, weight, mean, rstd, dropout_row = ctx.saved_tensors
-        *_, need_weight, need_bias, _, _, _, _ = ctx.needs_input_grad
-        need_tables = ctx.needs_input_grad[3:6]
+        *by_token, slots, words, position_table, types, weight = ctx.saved_tensors
+        tables, groups = (words, position_table, types), ctx.groups
+        need_parameters, need_companions = ctx.needs_input_grad[9:14], ctx.needs_input_grad[14:]
         grad = grad.contiguous()
-        dtables = [
-            torch.zeros(table.shape) if need else None
-            for table, need in zip(tables, need_tables, strict=True)
+        # The extension adds to the tables' gradients: those of all groups may be one.
+        shapes = [
+            shape if need else (1, *table.shape)
+            for table, shape, need in zip(tables, ctx.companion_shapes, need_companions, strict=False)
         ]
-        dweight, dbias = (torch.empty(weight.shape[0]) if need else None for need in (need_weight, need_bias))
+        shapes += [(len(groups), weight.shape[0])] * 2
+        sums = [
+            torch.zeros(shape) if any(needs) else None
+            for shape, *needs in zip(shapes, need_parameters, need_companions, strict=True)
+        ]
         weight32 = weight.float()
-        extension.cpu().embedding_backward(
-            dout=grad.data_ptr(),
-            dwords=extension.pointer(dtables[0]),
-            dposition_table=extension.pointer(dtables[1]),
-            dtypes=extension.pointer(dtables[2]),
-            dweight=extension.pointer(dweight),
-            dbias=extension.pointer(dbias),
-            **_arguments(
-                ids,
-                type_ids,
-                positions,
-                tuple(tables),
-                weight32,
-                mean,
-                rstd,
-                grad.dtype,
-                dropout_row,
-                ctx.dropout,
-            ),
-        )
-        return (
-            None,
-            None,
-            None,
-            *(None if d is None else d.to(table.dtype) for d, table in zip(dtables, tables, strict=True)),
-            None if dweight is None else dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(ctx.bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        for number, rows in enumerate(groups):
+            dwords, dposition_table, dtypes, dweight, dbias = (
+                extension.pointer(row(s, 0 if s is None or len(s) == 1 else number)) for s in sums
+            )
+            extension.cpu().embedding_backward(
+                dout=part(grad, rows).data_ptr(),
+                word_slots=extension.pointer(part(slots, rows)),
+                slot_rows=0 if slots is None else shapes[0][1],
+                dwords=dwords,
+                dposition_table=dposition_table,
+                dtypes=dtypes,
+                dweight=dweight,
+                dbias=dbias,
+                **_arguments(
+                    tuple(part(t, rows) for t in by_token),
+                    tables,
+                    weight32,
+                    grad.dtype,
+                    ctx.dropout,
+                ),
+            )
+        sums = [None if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.dtypes, strict=True)]
+        return (*(None for _ in range(9)), *deliver(sums, need_parameters, need_companions))
 
 
 def _arguments(
-    ids: Tensor,
-    type_ids: Tensor,
-    positions: Tensor,
+    by_token: tuple[Tensor | None, ...],
     tables: tuple[Tensor, ...],
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     dtype: torch.dtype,
-    dropout_row: Tensor | None,
     dropout: Dropout | None,
 ) -> dict[str, Any]:
+    """by_token: ids, type_ids, positions, mean, rstd, dropout_row (None: nothing is dropped)."""
+    ids, type_ids, positions, mean, rstd, dropout_row = by_token
+    assert ids is not None
     words, position_table, types = tables
     return {
         "ids": ids.data_ptr(),
-        "type_ids": type_ids.data_ptr(),
-        "positions": positions.data_ptr(),
+        "type_ids": extension.pointer(type_ids),
+        "positions": extension.pointer(positions),
         "words": words.data_ptr(),
         "position_table": position_table.data_ptr(),
         "types": types.data_ptr(),
@@ -172,8 +184,8 @@ def _arguments(
         "position_rows": position_table.shape[0],
         "type_rows": types.shape[0],
         "weight": weight.data_ptr(),
-        "mean": mean.data_ptr(),
-        "rstd": rstd.data_ptr(),
+        "mean": extension.pointer(mean),
+        "rstd": extension.pointer(rstd),
         "rows": ids.shape[0],
         "columns": words.shape[1],
         "dtype": extension.DTYPE_NAMES[dtype],

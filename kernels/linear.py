@@ -11,20 +11,24 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch, extension, reference
 from .checks import check_parameter, check_tensor
+from .grouped import deliver, part, split
+from .segments import Segments
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments | None = None) -> Tensor:
     """x weight^T + bias.
 
     x: [T, K], contiguous; weight: [N, K]; bias: [N] or None; parameters of any floating dtype: they are cast to that of
     x (free where they have it already), and their gradients come back in theirs; none is computed for a frozen one.
-    Returns [T, N] in the dtype of x. Raises ValueError naming the argument that does not fit.
+    segments: groups of the T rows; a parameter's companion gets one gradient a group instead of the parameter. Returns
+    [T, N] in the dtype of x. Raises ValueError naming the argument that does not fit.
     """
     check_product("linear", x, weight, bias)
+    groups, parameters, companions = split("linear", segments, x.shape[0], {"weight": weight, "bias": bias})
     implementation, _ = dispatch.select("linear", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
-        return reference.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+        return reference.linear(x, weight, bias, segments=segments)
+    return _Linear.apply(x, groups, *parameters, *companions)
 
 
 def check_product(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -39,39 +43,61 @@ class _Linear(torch.autograd.Function):
     """Keeps the cast weight for the input's gradient, and x only where the weight is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        need_x, need_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        groups: list[slice],
+        weight: Tensor,
+        bias: Tensor | None,
+        *companions: Tensor | None,
+    ) -> Tensor:
+        need_x, _, need_weight, _, need_weights, _ = ctx.needs_input_grad
         cast_weight = weight.to(x.dtype)
-        ctx.save_for_backward(x if need_weight else None, cast_weight if need_x else None)
+        ctx.save_for_backward(x if need_weight or need_weights else None, cast_weight if need_x else None)
+        ctx.groups = groups
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, _, *need_parameters = ctx.needs_input_grad[:4]
+        need_companions = ctx.needs_input_grad[4:]
+        need_weight, need_bias = map(any, zip(need_parameters, need_companions, strict=True))
+        weight_dtype, bias_dtype = ctx.dtypes
         grad = grad.contiguous()
-        return (
-            grad @ weight if need_x else None,
-            (grad.t() @ x).to(ctx.dtypes[0]) if need_weight else None,
-            bias_gradient(grad, ctx.dtypes[1]) if need_bias else None,
-        )
+        sums = [
+            products(grad, x, ctx.groups).to(weight_dtype) if need_weight else None,
+            row_sums(grad, ctx.groups).to(bias_dtype) if need_bias else None,
+        ]
+        return (grad @ weight if need_x else None, None, *deliver(sums, need_parameters, need_companions))
 
 
-def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over tokens of a contiguous grad [T, N], accumulated in at least float32."""
-    implementation, _ = dispatch.select("linear", device=grad.device.type, dtype=grad.dtype)
-    if implementation == "cpu":
-        out = torch.empty(grad.shape[1])
+def products(left: Tensor, right: Tensor, groups: list[slice]) -> Tensor:
+    """left^T right over the rows of each group: left [T, N], right [T, K] -> [groups, N, K] in their dtype."""
+    if len(groups) == 1:
+        return (left.t() @ right)[None]
+    out = right.new_empty(len(groups), left.shape[1], right.shape[1])
+    for rows, product in zip(groups, out, strict=True):
+        torch.mm(left[rows].t(), right[rows], out=product)
+    return out
+
+
+def row_sums(x: Tensor, groups: list[slice]) -> Tensor:
+    """The sums over the rows of each group of a contiguous x [T, N]: [groups, N], of at least float32."""
+    implementation, _ = dispatch.select("linear", device=x.device.type, dtype=x.dtype)
+    if implementation != "cpu":
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return torch.stack([x[rows].sum(0, dtype=wide) for rows in groups])
+    out = torch.empty(len(groups), x.shape[1])
+    for number, rows in enumerate(groups):
         extension.cpu().column_sums(
-            x=grad.data_ptr(),
-            out=out.data_ptr(),
-            rows=grad.shape[0],
-            columns=grad.shape[1],
-            dtype=extension.DTYPE_NAMES[grad.dtype],
+            x=part(x, rows).data_ptr(),
+            out=out[number].data_ptr(),
+            rows=rows.stop - rows.start,
+            columns=x.shape[1],
+            dtype=extension.DTYPE_NAMES[x.dtype],
             threads=torch.get_num_threads(),
         )
-        return out.to(dtype)
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.sum(0, dtype=wide).to(dtype)
+    return out

@@ -12,8 +12,10 @@ from torch.autograd.function import once_differentiable
 from . import dispatch, reference
 from .checks import check_dropout, check_parameter, fail
 from .dropout import apply_mask
-from .linear import bias_gradient, check_product
+from .grouped import deliver, split
+from .linear import check_product, products, row_sums
 from .philox import Dropout
+from .segments import Segments
 
 
 def lora_linear(
@@ -26,23 +28,35 @@ def lora_linear(
     scale: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """x weight^T + bias + scale (dropout(x) lora_a^T) lora_b^T.
 
     x: [T, K], contiguous; weight: [N, K]; bias: [N] or None; lora_a: [r, K]; lora_b: [N, r]; parameters of any floating
     dtype, cast to that of x (give a frozen weight in the dtype of x, and no cast is made). Gradients come back in the
-    parameters' dtypes; none is computed for a frozen one. dropout_row: int32 [T]. Returns [T, N] in the dtype of x.
-    Raises ValueError naming the argument that does not fit.
+    parameters' dtypes; none is computed for a frozen one. dropout_row: int32 [T]. segments: groups of the T rows;
+    a parameter's companion gets one gradient a group instead of the parameter. Returns [T, N] in the dtype of x. Raises
+    ValueError naming the argument that does not fit.
     """
     check_product("lora_linear", x, weight, bias)
     _check_adapter("lora_linear", "lora", (lora_a, lora_b), weight.shape[0], x)
     active = check_dropout("lora_linear", dropout_row, dropout, x)
+    named = {"weight": weight, "bias": bias, "lora a": lora_a, "lora b": lora_b}
+    groups, parameters, companions = split("lora_linear", segments, x.shape[0], named)
     implementation, _ = dispatch.select("lora_linear", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
         return reference.lora_linear(
-            x, weight, bias, lora_a, lora_b, scale=scale, dropout_row=dropout_row, dropout=active
+            x,
+            weight,
+            bias,
+            lora_a,
+            lora_b,
+            scale=scale,
+            dropout_row=dropout_row,
+            dropout=active,
+            segments=segments,
         )
-    return _Lora.apply(x, weight, bias, scale, dropout_row, active, 1, lora_a, lora_b)
+    return _Lora.apply(x, scale, dropout_row, active, 1, groups, *parameters, *companions)
 
 
 def lora_qkv(
@@ -54,6 +68,7 @@ def lora_qkv(
     scale: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Queries, keys and values of one weight [3C, K], each with its adapter or None, under one mask.
 
@@ -65,17 +80,27 @@ def lora_qkv(
         fail("lora_qkv", "adapters", "three pairs or None", f"{len(adapters)} elements")
     if weight.shape[0] % 3:
         fail("lora_qkv", "weight", "of shape [3C, K]", f"shape {list(weight.shape)}")
+    named = {"weight": weight, "bias": bias}
     for index, adapter in enumerate(adapters):
         if adapter is not None:
             _check_adapter("lora_qkv", f"adapters[{index}]", adapter, weight.shape[0] // 3, x)
+        a, b = (None, None) if adapter is None else adapter
+        named |= {f"adapters[{index}] a": a, f"adapters[{index}] b": b}
     active = check_dropout("lora_qkv", dropout_row, dropout, x)
+    groups, parameters, companions = split("lora_qkv", segments, x.shape[0], named)
     implementation, _ = dispatch.select("lora_qkv", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
         return reference.lora_qkv(
-            x, weight, bias, adapters, scale=scale, dropout_row=dropout_row, dropout=active
+            x,
+            weight,
+            bias,
+            adapters,
+            scale=scale,
+            dropout_row=dropout_row,
+            dropout=active,
+            segments=segments,
         )
-    flat = [part for adapter in adapters for part in (adapter if adapter is not None else (None, None))]
-    return _Lora.apply(x, weight, bias, scale, dropout_row, active, 3, *flat)
+    return _Lora.apply(x, scale, dropout_row, active, 3, groups, *parameters, *companions)
 
 
 def _check_adapter(
@@ -97,14 +122,17 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         scale: float,
         dropout_row: Tensor | None,
         dropout: Dropout | None,
         blocks: int,
-        *adapters: Tensor | None,
+        groups: list[slice],
+        weight: Tensor,
+        bias: Tensor | None,
+        *rest: Tensor | None,
     ) -> Tensor:
+        """rest: A and B of each block, then the companions of all parameters."""
+        adapters = rest[: 2 * blocks]
         cast_weight = weight.to(x.dtype)
         out = F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
         present = [a for a in adapters[::2] if a is not None]
@@ -114,50 +142,62 @@ class _Lora(torch.autograd.Function):
             stacked_b = _block_diagonal(adapters, weight.shape[0] // blocks, scale, x)
             s = _dropped(x, dropout_row, dropout) @ stacked_a.t()
             out.addmm_(s, stacked_b.t())
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        need_a = any(ctx.needs_input_grad[7::2])
+        ctx.constants = (scale, dropout, blocks, groups)
+        ctx.ranks = [0 if a is None else a.shape[0] for a in adapters[::2]]
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, *adapters)]
+        need_weight, _, *need_adapters = _Lora.needs(ctx)
         ctx.save_for_backward(
-            x if need_weight or need_a else None,
-            cast_weight if need_x else None,
+            x if need_weight or any(need_adapters[::2]) else None,
+            cast_weight if ctx.needs_input_grad[0] else None,
             dropout_row,
             stacked_a,
             stacked_b,
             s,
         )
-        ctx.constants = (scale, dropout, blocks)
-        ctx.ranks = [0 if a is None else a.shape[0] for a in adapters[::2]]
-        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, *adapters)]
         return out
+
+    @staticmethod
+    def needs(ctx: Any) -> list[bool]:
+        """For weight, bias and adapters: whether they or their companions need a gradient."""
+        count = len(ctx.dtypes)
+        flags = ctx.needs_input_grad[6:]
+        return [
+            parameter or companion for parameter, companion in zip(flags[:count], flags[count:], strict=True)
+        ]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropout_row, stacked_a, stacked_b, s = ctx.saved_tensors
-        scale, dropout, blocks = ctx.constants
-        need_x, need_weight, need_bias, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        weight_dtype, bias_dtype, *adapter_dtypes = ctx.dtypes
+        scale, dropout, blocks, groups = ctx.constants
+        needs = _Lora.needs(ctx)
         grad = grad.contiguous()
-        dx = grad @ weight if need_x else None
-        dweight = (grad.t() @ x).to(weight_dtype) if need_weight else None
-        dbias = bias_gradient(grad, bias_dtype) if need_bias else None
-        dadapters: list[Tensor | None] = [None] * len(adapter_dtypes)
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None] * len(needs)
+        if needs[0]:
+            sums[0] = products(grad, x, groups)
+        if needs[1]:
+            sums[1] = row_sums(grad, groups)
         if stacked_a is not None:
             ds = grad @ stacked_b
             if dx is not None:
                 dx += _dropped(ds @ stacked_a, dropout_row, dropout)
-            outputs = grad.shape[1] // blocks
-            if any(need_adapters[::2]):
-                da = (ds.t() @ _dropped(x, dropout_row, dropout)).split(ctx.ranks)
-                for index in range(0, 2 * blocks, 2):
-                    if need_adapters[index]:
-                        dadapters[index] = da[index // 2].to(adapter_dtypes[index])
-            if any(need_adapters[1::2]):
-                db = (grad.t() @ s).split(ctx.ranks, dim=1)
-                for index in range(1, 2 * blocks, 2):
-                    if need_adapters[index]:
-                        own = db[index // 2][index // 2 * outputs : (index // 2 + 1) * outputs]
-                        dadapters[index] = (own.to(adapter_dtypes[index]) * scale).contiguous()
-        return dx, dweight, dbias, None, None, None, None, *dadapters
+            if any(needs[2::2]):
+                sums[2::2] = products(ds, _dropped(x, dropout_row, dropout), groups).split(ctx.ranks, dim=1)
+            if any(needs[3::2]):
+                # An adapter's outputs are those of its block.
+                parts = products(grad, s, groups).split(ctx.ranks, dim=2)
+                sums[3::2] = [part.chunk(blocks, dim=1)[block] for block, part in enumerate(parts)]
+        for index, (share, dtype) in enumerate(zip(sums, ctx.dtypes, strict=True)):
+            if share is None or not needs[index]:
+                sums[index] = None
+            elif index >= 3 and index % 2:
+                sums[index] = (share.to(dtype) * scale).contiguous()
+            else:
+                sums[index] = share.to(dtype).contiguous()
+        flags = ctx.needs_input_grad[6:]
+        gradients = deliver(sums, flags[: len(needs)], flags[len(needs) :])
+        return (dx, *(None for _ in range(5)), *gradients)
 
 
 def _dropped(x: Tensor, dropout_row: Tensor | None, dropout: Dropout | None) -> Tensor:

@@ -8,12 +8,14 @@ these serve training wherever no faster implementation does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .philox import HEAD_COLUMNS, LANES, Dropout, dropout_mask, keep_groups, leading_columns_mask, philox4x32
+from .segments import Segments
 
 __all__ = [
     "add_layer_norm",
@@ -42,6 +44,31 @@ def _drop(x: Tensor, dropout_row: Tensor | None, dropout: Dropout | None) -> Ten
     assert dropout_row is not None
     kept = leading_columns_mask(dropout_row, x.shape[1], dropout)
     return torch.where(kept, x * dropout.scale, 0.0)
+
+
+def _of_groups(
+    segments: Segments | None, parameters: tuple[Tensor | None, ...], call: Callable[..., Tensor]
+) -> Tensor:
+    """call(rows, *parameters) of each group, end to end.
+
+    A parameter that has a companion is taken as a constant plus the zeros of the group's part of the companion, which
+    thereby gets the gradient.
+    """
+    if segments is None:
+        return call(slice(None), *parameters)
+    companions = segments.companions
+
+    def own(parameter: Tensor | None, group: int) -> Tensor | None:
+        if parameter is None or parameter not in companions:
+            return parameter
+        return parameter.detach() + companions[parameter][group]
+
+    ranges = enumerate(segments.ranges())
+    return torch.cat([call(rows, *(own(p, group) for p in parameters)) for group, rows in ranges])
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
 
 
 def dropout(x: Tensor, dropout_row: Tensor, dropout: Dropout | None) -> Tensor:
@@ -118,18 +145,34 @@ def embedding(
     dtype: torch.dtype,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[positions] + token_type[type_ids])) in dtype."""
     words, position_table, types = tables
-    total = (
-        _wide(F.embedding(ids, words))
-        + _wide(F.embedding(positions, position_table))
-        + _wide(F.embedding(type_ids, types))
-    )
-    if dtype == torch.float64:
-        total = total.double()
-    normed = _layer_norm(total, weight, bias, eps)
-    return _drop(normed, dropout_row, dropout).to(dtype)
+    word = _look_up_words(ids, words, segments)
+
+    def call(rows: slice, position_table: Tensor, types: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        position, token_type = (
+            F.embedding(positions[rows], position_table),
+            F.embedding(type_ids[rows], types),
+        )
+        total = _wide(word[rows]) + _wide(position) + _wide(token_type)
+        if dtype == torch.float64:
+            total = total.double()
+        normed = _layer_norm(total, weight, bias, eps)
+        return _drop(normed, _rows(dropout_row, rows), dropout).to(dtype)
+
+    return _of_groups(segments, (position_table, types, weight, bias), call)
+
+
+def _look_up_words(ids: Tensor, words: Tensor, segments: Segments | None) -> Tensor:
+    """words[ids], whose gradient goes to the companion where there is one: by slot, else by id."""
+    companion = None if segments is None else segments.companions.get(words)
+    if segments is None or companion is None:
+        return F.embedding(ids, words)
+    index = ids if segments.slots is None else segments.slots
+    zeros = [F.embedding(index[rows], companion[group]) for group, rows in enumerate(segments.ranges())]
+    return F.embedding(ids, words.detach()) + torch.cat(zeros)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -146,25 +189,38 @@ def add_layer_norm(
     eps: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + linear_bias)) over the last dimension of [T, C]."""
-    branch = _wide(x)
-    if linear_bias is not None:
-        branch = branch + linear_bias.to(branch.dtype)
-    total = _wide(residual) + _drop(branch, dropout_row, dropout)
-    return _layer_norm(total, weight, bias, eps).to(x.dtype)
+
+    def call(rows: slice, weight: Tensor, bias: Tensor, linear_bias: Tensor | None) -> Tensor:
+        branch = _wide(x[rows])
+        if linear_bias is not None:
+            branch = branch + linear_bias.to(branch.dtype)
+        total = _wide(residual[rows]) + _drop(branch, _rows(dropout_row, rows), dropout)
+        return _layer_norm(total, weight, bias, eps).to(x.dtype)
+
+    return _of_groups(segments, (weight, bias, linear_bias), call)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, *, segments: Segments | None = None) -> Tensor:
     """z Phi(z) with z = x + bias and the exact normal distribution function Phi (Hendrycks, Gimpel 2016)."""
-    z = _wide(x)
-    z = z + bias.to(z.dtype)
-    return (z * 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))).to(x.dtype)
+
+    def call(rows: slice, bias: Tensor) -> Tensor:
+        z = _wide(x[rows])
+        z = z + bias.to(z.dtype)
+        return (z * 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))).to(x.dtype)
+
+    return _of_groups(segments, (bias,), call)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments | None = None) -> Tensor:
     """x weight^T + bias in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def call(rows: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x[rows], weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    return _of_groups(segments, (weight, bias), call)
 
 
 def lora_linear(
@@ -177,10 +233,12 @@ def lora_linear(
     scale: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """x weight^T + bias + scale (dropout(x) lora_a^T) lora_b^T (Hu et al. 2021, equation 3)."""
     dropped = _drop(_wide(x), dropout_row, dropout).to(x.dtype)
-    return linear(x, weight, bias) + scale * linear(linear(dropped, lora_a, None), lora_b, None)
+    low = linear(linear(dropped, lora_a, None, segments=segments), lora_b, None, segments=segments)
+    return linear(x, weight, bias, segments=segments) + scale * low
 
 
 def lora_qkv(
@@ -192,13 +250,19 @@ def lora_qkv(
     scale: float,
     dropout_row: Tensor | None = None,
     dropout: Dropout | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Three projections in one [3C, K] weight, each with its adapter or None; one mask for the three."""
     dropped = _drop(_wide(x), dropout_row, dropout).to(x.dtype)
     outputs = []
-    for base, adapter in zip(linear(x, weight, bias).chunk(3, dim=1), adapters, strict=True):
+    for base, adapter in zip(
+        linear(x, weight, bias, segments=segments).chunk(3, dim=1), adapters, strict=True
+    ):
         if adapter is None:
             outputs.append(base)
         else:
-            outputs.append(base + scale * linear(linear(dropped, adapter[0], None), adapter[1], None))
+            low = linear(
+                linear(dropped, adapter[0], None, segments=segments), adapter[1], None, segments=segments
+            )
+            outputs.append(base + scale * low)
     return torch.cat(outputs, dim=1)

@@ -44,10 +44,13 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         sys.stdout = None
 
 
-def presets() -> dict[str, Path]:
-    """The presets shipped in the package, by name."""
-    folder = resources.files("mtbert") / "presets"
-    return {Path(f.name).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
+def presets(*, papers: bool = True) -> dict[str, Path]:
+    """The presets shipped in the package, by name; `papers`: also those of the papers' rows."""
+    folder = Path(str(resources.files("mtbert") / "presets"))
+    found = {file.stem: file for file in folder.glob("*.yaml")}
+    if papers:
+        found |= {file.stem: file for file in (folder / "papers").glob("*.yaml") if file.name != "rows.yaml"}
+    return found
 
 
 def preset_path(name: str) -> Path:
@@ -61,7 +64,10 @@ def preset_path(name: str) -> Path:
         raise ConfigError(f"--preset {name}: there is no such file")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"--preset {name}: no such preset.{hint} Presets: {', '.join(sorted(known))}")
+    listed = ", ".join(sorted(presets(papers=False)))
+    raise ConfigError(
+        f"--preset {name}: no such preset.{hint} Presets: {listed}, and the papers' rows (mtbert.reproduce --list)"
+    )
 
 
 def load_plugins(plugins: Sequence[str]) -> None:
@@ -98,7 +104,7 @@ def _plugin_error(plugin: str, error: Exception) -> UserError:
 
 def train_parser(defaults: Path | None) -> ArgumentParser:
     """The parser of every training option; `defaults` is a preset's YAML file."""
-    names = ", ".join(sorted(presets()))
+    names = ", ".join([*sorted(presets(papers=False)), "or a paper's row: mtbert.reproduce --list"])
     parser = ArgumentParser(
         prog="python -m mtbert.train",
         description="Fine-tune one BERT on several sentence tasks at once. Without arguments: the preset"

@@ -16,16 +16,26 @@ import yaml
 from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.precision import Precision
+from mtbert.engine.pretraining import PretrainingConfig
 from mtbert.engine.trainer import RunConfig
 from mtbert.errors import ConfigError
+from mtbert.losses.bregman import BregmanConfig
+from mtbert.losses.cosine_embedding import CosineEmbeddingConfig
+from mtbert.losses.mnrl import MnrlConfig
+from mtbert.losses.simcse import SimCseConfig
+from mtbert.losses.smart import SmartConfig
+from mtbert.losses.triplet import TripletConfig
 from mtbert.model.build import ModelConfig
 from mtbert.model.multitask import MODE_ALIASES
 from mtbert.optim.adamw import OptimizerConfig
+from mtbert.optim.mixout import MixoutConfig
 from mtbert.optim.schedule import ScheduleConfig
+from mtbert.optim.surgery import SurgeryConfig
+from mtbert.optim.unfreezing import UnfreezingConfig
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import get_task
 
-Mode = Literal["full", "last-linear-layer", "lora", "full-model", "finetune", "pretrain"]
+Mode = Literal["full", "last-linear-layer", "lora", "bitfit", "full-model", "finetune", "pretrain"]
 
 
 @dataclass
@@ -41,7 +51,8 @@ class TrainConfig:
     """The tasks to train together; round-robin takes turns in this order."""
     mode: Mode = "full"
     """full: everything trains; last-linear-layer: the heads, on cached features of the frozen encoder; lora:
-    low-rank adapters and heads. The course's names: pretrain, finetune and full-model."""
+    low-rank adapters and heads; bitfit: the encoder's biases and the heads. The course's names: pretrain, finetune
+    and full-model."""
     epochs: float = 3
     """Passes over the curriculum's epoch; a part of an epoch is possible (0.5)."""
     seed: int = 0
@@ -70,6 +81,26 @@ class TrainConfig:
     """The learning rate over time."""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """How the tasks are mixed."""
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
+    """How the tasks' gradients are combined."""
+    simcse: SimCseConfig = field(default_factory=SimCseConfig)
+    """SimCSE, a contrastive objective."""
+    mnrl: MnrlConfig = field(default_factory=MnrlConfig)
+    """Multiple negatives ranking loss."""
+    cosine_embedding: CosineEmbeddingConfig = field(default_factory=CosineEmbeddingConfig)
+    """Cosine embedding loss."""
+    triplet: TripletConfig = field(default_factory=TripletConfig)
+    """Triplet loss."""
+    smart: SmartConfig = field(default_factory=SmartConfig)
+    """SMART, an adversarial smoothness regulariser."""
+    bregman: BregmanConfig = field(default_factory=BregmanConfig)
+    """Bregman proximal point optimisation with a momentum teacher."""
+    mixout: MixoutConfig = field(default_factory=MixoutConfig)
+    """Mixout of the encoder's weights with the pretrained ones."""
+    unfreezing: UnfreezingConfig = field(default_factory=UnfreezingConfig)
+    """Which layers train when."""
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """Further pretraining before the run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """When and on what to evaluate."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -95,6 +126,11 @@ class TrainConfig:
             raise ConfigError(f"seeds: expected at least 1, found {self.seeds}")
         if self.threads < 0:
             raise ConfigError(f"threads: expected at least 0, found {self.threads}")
+        groups = (self.simcse, self.mnrl, self.cosine_embedding, self.triplet, self.smart, self.bregman)
+        if not any(self.task[name].loss.weight for name in self.tasks) and not any(g.tasks for g in groups):
+            raise ConfigError(
+                "loss.weight: the weights of all tasks are 0 and no objective is on: there is nothing to train"
+            )
         for name in self.tasks:
             if not get_task(name).is_pair and self.task[name].head.pair != "cross-encoder":
                 raise ConfigError(

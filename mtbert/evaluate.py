@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> None:
             config = dataclasses.replace(config, data=options.data)
         loaded = load_run(run, config, device=options.device)
         with memory_errors(config.max_tokens):
-            outcome = evaluate(loaded, options.split)
+            chosen_here = options.data is None and options.split == "dev"
+            halved = chosen_here and config.evaluation.selection == "half"
+            outcome = evaluate(loaded, options.split, halved=halved)
     print(f"{run.path}, step {loaded.step}, {options.split} of {config.data}\n")
     print(results_table(outcome))
     for name, task in outcome.tasks.items():
@@ -56,8 +58,11 @@ def main(arguments: list[str]) -> None:
         run.write_json(options.json, {"split": options.split, "step": loaded.step, "tasks": scores, **joint})
 
 
-def evaluate(loaded: LoadedRun, split: str) -> Results:
-    """Scores of every task of the run on `split`. Raises DataError when a table is missing or unlabelled."""
+def evaluate(loaded: LoadedRun, split: str, *, halved: bool = False) -> Results:
+    """Scores of every task of the run on `split`. Raises DataError when a table is missing or unlabelled.
+
+    halved: one half of these examples chose the checkpoint, so that the result is of the other.
+    """
     config = loaded.config
     tables = load_tables(config.data, list(loaded.tasks.values()), required=(split,))
     data = prepare_data(config, tables, loaded.tokeniser)
@@ -81,6 +86,7 @@ def evaluate(loaded: LoadedRun, split: str) -> Results:
         },
         split=split,
         resamples=config.evaluation.resamples,
+        halved=halved,
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from mtbert.cli import config_from_file, option_value, parse_train, run_main
 from mtbert.config import TrainConfig, to_yaml
 from mtbert.curriculum import build_curriculum
-from mtbert.data.batching import TaskBatches
 from mtbert.engine.build import (
     Machine,
     TaskSplits,
@@ -23,17 +22,17 @@ from mtbert.engine.build import (
     prepare_machine,
     resolved,
     run_facts,
+    task_batches,
     tasks_of,
 )
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
-from mtbert.engine.inference import labels_of
+from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
-from mtbert.engine.step import TrainStep
 from mtbert.engine.tensorboard import tensorboard_listeners
 from mtbert.engine.trainer import Trainer, memory_errors
 from mtbert.errors import ConfigError
@@ -41,9 +40,8 @@ from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table
 from mtbert.evaluation.run import read_run
 from mtbert.evaluation.seeds import write_seeds
-from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.multitask import MultiTaskModel
-from mtbert.optim.adamw import build_optimizer
+from mtbert.optim.unfreezing import Unfreezing
 from mtbert.tasks.loading import SAMPLE, load_tables
 
 logger = logging.getLogger("mtbert.train")  # __name__ is __main__ when it is run
@@ -105,28 +103,29 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         data = prepare_data(config, tables, tokeniser)
         announce(config, machine, model, data)
 
-        optimizer = build_optimizer(model, config.optim)
-        losses = {
-            name: TaskLoss(task, config.task[name].loss, labels_of(data[name]["train"])).to(machine.device)
-            for name, task in tasks.items()
-        }
-        batches = {
-            name: TaskBatches(data[name]["train"].lengths, config.task[name].batch_size, config.seed, name)
-            for name in tasks
-        }
         forward = build_forward(config, model, machine)
-        train_step = TrainStep(
-            forward,
-            optimizer,
-            losses,
-            {name: splits["train"] for name, splits in data.items()},
-            max_tokens=config.max_tokens,
-            clip_norm=config.optim.clip_norm,
+        losses = task_losses(config, machine, data)
+        train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+        batches = task_batches(config, data)
+        curriculum = build_curriculum(
+            batches,
+            config.curriculum,
+            sizes={name: len(b.examples) for name, b in batches.items()},
             seed=config.seed,
+            epochs=config.epochs,
         )
         evaluator = Evaluator(
-            forward, tasks, data, losses, config.evaluation, max_tokens=config.max_tokens, seed=config.seed
+            forward,
+            tasks,
+            data,
+            losses,
+            config.evaluation,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            trained_on={name: b.examples for name, b in batches.items()},
+            quality=sentence_quality(config, forward, tables, data, tokeniser),
         )
+        unfreezing = Unfreezing(model, config.unfreezing) if config.unfreezing.active else None
         facts = run_facts(machine)
         # From here on the folder holds a run: whatever is wrong with the configuration has failed before.
         if not resumed:
@@ -138,15 +137,15 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
             trainer = Trainer(
                 model,
                 train_step,
-                build_curriculum(batches, config.curriculum),
+                curriculum,
                 evaluator,
                 CheckpointStore(run.checkpoints),
                 log,
-                epochs=config.epochs,
                 schedule=config.schedule,
                 evaluation=config.evaluation,
                 run=config.run,
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
+                unfreezing=unfreezing,
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
             )
             if resumed:

@@ -107,7 +107,8 @@ struct EmbeddingArguments {
     int threads;
     void* out;
     const void* dout;
-    float* dtables[3];  // zeroed by the caller
+    float* dtables[3];              // zeroed by the caller
+    const std::int32_t* targets[3];  // [rows]: the row of dtables[i] that a token's gradient goes to; backward only
     float* dweight;
     float* dbias;
 };

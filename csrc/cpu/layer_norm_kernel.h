@@ -286,7 +286,7 @@ static void scatter_columns(void* context, std::int64_t begin, std::int64_t end)
             const float* source = backward.dsum + t * a.columns + first;
             for (int table = 0; table < 3; ++table) {
                 if (a.dtables[table] == nullptr) continue;
-                float* target = a.dtables[table] + a.indices[table][t] * a.columns + first;
+                float* target = a.dtables[table] + a.targets[table][t] * a.columns + first;
                 for (std::int64_t c = 0; c < count; c += W) add_to(target + c, load(source + c, count - c), count - c);
             }
         }

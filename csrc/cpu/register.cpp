@@ -308,6 +308,17 @@ void bias_gelu_backward(Address dout, Address x, Address bias, Address dx, Addre
     table.bias_gelu_backward(a);
 }
 
+const std::int32_t* indices_below(const char* operation, const char* argument, Address address, Int rows, Int limit) {
+    const std::int32_t* indices = required<const std::int32_t>(operation, argument, address, rows);
+    for (Int t = 0; t < rows; ++t) {
+        if (indices[t] < 0 || indices[t] >= limit) {
+            fail(operation, argument, "must be 0 to " + std::to_string(limit - 1) + ", got " +
+                                          std::to_string(indices[t]) + " at token " + std::to_string(t));
+        }
+    }
+    return indices;
+}
+
 EmbeddingArguments embedding_arguments(Address ids, Address type_ids, Address positions, Address words,
                                        Address position_table, Address types, Int word_rows, Int position_rows,
                                        Int type_rows, Address weight, Address mean, Address rstd, Int rows, Int columns,
@@ -325,15 +336,8 @@ EmbeddingArguments embedding_arguments(Address ids, Address type_ids, Address po
     const Address tables[3] = {words, position_table, types};
     const Int table_rows[3] = {word_rows, position_rows, type_rows};
     for (int i = 0; i < 3; ++i) {
-        a.indices[i] = required<const std::int32_t>(kName, index_names[i], indices[i], rows);
+        a.indices[i] = indices_below(kName, index_names[i], indices[i], rows, table_rows[i]);
         a.tables[i] = data(kName, table_names[i], tables[i], rows, a.table_dtype);
-        for (Int t = 0; t < rows; ++t) {
-            const Int index = a.indices[i][t];
-            if (index < 0 || index >= table_rows[i]) {
-                fail(kName, index_names[i], "must be 0 to " + std::to_string(table_rows[i] - 1) + ", got " +
-                                                std::to_string(index) + " at token " + std::to_string(t));
-            }
-        }
     }
     a.weight = required<const float>(kName, "weight", weight, columns);
     a.mean = required<float>(kName, "mean", mean, rows);
@@ -364,10 +368,10 @@ void embedding_forward(Address ids, Address type_ids, Address positions, Address
 
 void embedding_backward(Address dout, Address ids, Address type_ids, Address positions, Address words,
                         Address position_table, Address types, Int word_rows, Int position_rows, Int type_rows,
-                        Address weight, Address mean, Address rstd, Address dwords, Address dposition_table,
-                        Address dtypes, Address dweight, Address dbias, Int rows, Int columns, const std::string& dtype,
-                        const std::string& table_dtype, Int threads, Address dropout_row, std::uint64_t seed, Int step,
-                        Int site, Int threshold) {
+                        Address weight, Address mean, Address rstd, Address word_slots, Int slot_rows, Address dwords,
+                        Address dposition_table, Address dtypes, Address dweight, Address dbias, Int rows, Int columns,
+                        const std::string& dtype, const std::string& table_dtype, Int threads, Address dropout_row,
+                        std::uint64_t seed, Int step, Int site, Int threshold) {
     constexpr const char* kName = "embedding";
     EmbeddingArguments a =
         embedding_arguments(ids, type_ids, positions, words, position_table, types, word_rows, position_rows, type_rows,
@@ -377,6 +381,8 @@ void embedding_backward(Address dout, Address ids, Address type_ids, Address pos
     a.dtables[0] = optional<float>(kName, "dwords", dwords);
     a.dtables[1] = optional<float>(kName, "dposition_table", dposition_table);
     a.dtables[2] = optional<float>(kName, "dtypes", dtypes);
+    for (int i = 0; i < 3; ++i) a.targets[i] = a.indices[i];
+    if (word_slots != 0) a.targets[0] = indices_below(kName, "word_slots", word_slots, rows, slot_rows);
     a.dweight = optional<float>(kName, "dweight", dweight);
     a.dbias = optional<float>(kName, "dbias", dbias);
     const Kernels& table = kernels();
@@ -444,10 +450,12 @@ void register_cpu(py::module_& m) {
           ("out = dropout(LayerNorm(words[ids] + position_table[positions] + types[type_ids])).\n\n" + note).c_str());
     m.def("embedding_backward", &embedding_backward, arg("dout"), arg("ids"), arg("type_ids"), arg("positions"),
           arg("words"), arg("position_table"), arg("types"), arg("word_rows"), arg("position_rows"), arg("type_rows"),
-          arg("weight"), arg("mean"), arg("rstd"), arg("dwords"), arg("dposition_table"), arg("dtypes"), arg("dweight"),
-          arg("dbias"), arg("rows"), arg("columns"), arg("dtype"), arg("table_dtype"), arg("threads"), row, seed, step,
-          site, threshold,
-          ("Adds to the tables' zeroed float32 gradients; each gradient may be 0: not wanted.\n\n" + note).c_str());
+          arg("weight"), arg("mean"), arg("rstd"), arg("word_slots"), arg("slot_rows"), arg("dwords"),
+          arg("dposition_table"), arg("dtypes"), arg("dweight"), arg("dbias"), arg("rows"), arg("columns"), arg("dtype"),
+          arg("table_dtype"), arg("threads"), row, seed, step, site, threshold,
+          ("Adds to the tables' zeroed float32 gradients; each gradient may be 0: not wanted. dwords has the rows of words,\n"
+           "or, where word_slots (int32 [rows]) is not 0, slot_rows rows, of which token t adds to word_slots[t].\n\n" + note)
+              .c_str());
 }
 
 }  // namespace mtbert

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
 
+from mtbert.data.tables import Table
 from mtbert.data.tokenisation import TokenisedTable
 from mtbert.errors import ConfigError
 
@@ -17,12 +20,13 @@ MAX_POSITIONS = 4096
 
 
 class TaskData:
-    """A tokenised table seen as the rows that the encoder reads.
+    """Texts of a tokenised table seen as the rows that the encoder reads.
 
     `form` says how an example becomes rows:
       * "single":    `[CLS] a [SEP]`
       * "pair-rows": two rows, `[CLS] a [SEP]` and `[CLS] b [SEP]`
       * "cross":     one row, `[CLS] a [SEP] b [SEP]` with token types 0 and 1
+      * "rows":      k rows, each of any text of the table (see `of_texts`)
 
     A row has at most `max_length` tokens, special tokens included. `truncate` says which tokens of a longer
     text are kept: the "head", the "tail", or "both" in equal parts (the longer half from the head), as Sun et
@@ -30,8 +34,9 @@ class TaskData:
     shortened by taking tokens from the longer text ("longest first", with the same result as in
     `tokenizers`). `n_truncated` counts the shortened examples.
 
-    Attributes: `labels` (int64 or float64 [n], or None), `ids` (n strings), `lengths` int64 [n]: the
-    tokens of an example over all of its rows.
+    Attributes: `name` (of the stream of rows), `task` (whose gradient the rows belong to; the same as `name` for a
+    task's own examples), `table` (the examples as they were read), `labels` (int64 or float64 [n], or None), `ids`
+    (n strings), `lengths` int64 [n]: the tokens of an example over all of its rows.
     """
 
     def __init__(
@@ -42,48 +47,98 @@ class TaskData:
         form: Form,
         max_length: int,
         truncate: Truncate = "head",
+        task: str | None = None,
     ) -> None:
-        """Raises ConfigError for a form or a length that the table cannot have."""
+        """The examples of the table. Raises ConfigError for a form or a length that it cannot have."""
         if form not in get_args(Form):
             raise ConfigError(f"task {name}: form is {form!r}, expected one of {', '.join(get_args(Form))}")
-        if truncate not in get_args(Truncate):
-            raise ConfigError(
-                f"task {name}: truncate is {truncate!r}, expected one of {', '.join(get_args(Truncate))}"
-            )
         texts = 1 if form == "single" else 2
         if tokenised.texts_per_example != texts:
             raise ConfigError(
                 f"task {name}: form {form!r} needs {texts} text(s) per example, "
                 f"found {tokenised.texts_per_example}"
             )
+        numbers = np.arange(len(tokenised.offsets) - 1).reshape(-1, texts)
+        self._lay_out(name, task or name, tokenised, tokenised.table, numbers, form, max_length, truncate)
+
+    @classmethod
+    def of_texts(
+        cls,
+        name: str,
+        tokenised: TokenisedTable,
+        texts: np.ndarray,
+        *,
+        task: str,
+        max_length: int,
+        truncate: Truncate = "head",
+        labels: np.ndarray | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> TaskData:
+        """Examples of k rows each, `[CLS] text [SEP]`: row j of example i is text number texts[i, j] of the table.
+
+        texts: int64 [n, k]. Text t of the table's example e has the number e * texts_per_example + t; behind the first
+        row, -1 stands for an empty text. ids: by default those of the table's examples that the first texts are from.
+        """
+        texts = np.asarray(texts, dtype=np.int64)
+        count, per_example = len(tokenised.offsets) - 1, tokenised.texts_per_example
+        if texts.ndim != 2 or (texts < -1).any() or (texts[:, :1] < 0).any() or (texts >= count).any():
+            raise ValueError(f"{name}: expected text numbers [n, k] below {count}")
+        source = tokenised.table
+        examples = (texts[:, 0] // per_example).tolist()
+        words = [text for example in source.texts for text in example] + [""]
+        table = replace(
+            source,
+            ids=[source.ids[example] for example in examples] if ids is None else list(ids),
+            texts=[tuple(words[number] for number in row) for row in texts.tolist()],
+            labels=labels,
+            lines=[source.lines[example] for example in examples],
+        )
+        data = cls.__new__(cls)
+        data._lay_out(name, task, tokenised, table, texts, "rows", max_length, truncate)
+        return data
+
+    def _lay_out(
+        self,
+        name: str,
+        task: str,
+        tokenised: TokenisedTable,
+        table: Table,
+        texts: np.ndarray,
+        form: Form | Literal["rows"],
+        max_length: int,
+        truncate: Truncate,
+    ) -> None:
+        if truncate not in get_args(Truncate):
+            raise ConfigError(
+                f"task {task}: truncate is {truncate!r}, expected one of {', '.join(get_args(Truncate))}"
+            )
         specials = 3 if form == "cross" else 2
         least = specials + (2 if form == "cross" else 1)
         if not least <= max_length <= MAX_POSITIONS:
-            raise ConfigError(f"task {name}: max_length is {max_length}, expected {least} to {MAX_POSITIONS}")
+            raise ConfigError(f"task {task}: max_length is {max_length}, expected {least} to {MAX_POSITIONS}")
         self.name = name
-        self.form: Form = form
+        self.task = task
+        self.form = form
         self.max_length = max_length
         self.truncate: Truncate = truncate
-        self.table = tokenised.table
-        self.ids = tokenised.table.ids
-        self.labels = tokenised.table.labels
+        self.table = table
+        self.ids = table.ids
+        self.labels = table.labels
         self.tokens = tokenised.tokens
         self.cls_id = tokenised.cls_id
         self.sep_id = tokenised.sep_id
-        self.rows_per_example = 2 if form == "pair-rows" else 1
-        self.texts_per_example = texts
+        self.rows_per_example = 1 if form == "cross" else texts.shape[1]
 
         # Of text t, which begins at starts[t] in the stream, the first heads[t] tokens are kept, then
         # skips[t] are left out, and the rest of its sizes[t] kept tokens follows.
-        starts = np.asarray(tokenised.offsets[:-1]).reshape(-1, texts)
-        full = np.diff(tokenised.offsets).reshape(-1, texts)
+        self.starts = np.append(tokenised.offsets[:-1], 0)[texts]
+        full = np.append(np.diff(tokenised.offsets), 0)[texts]
         sizes = (
             _shorten_pair(full, max_length - specials)
             if form == "cross"
             else np.minimum(full, max_length - specials)
         )
         self.heads = {"head": sizes, "tail": np.zeros_like(sizes), "both": sizes - sizes // 2}[truncate]
-        self.starts = starts
         self.sizes = sizes
         self.skips = full - sizes
         self.lengths: np.ndarray = sizes.sum(axis=1) + specials * self.rows_per_example

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,14 +19,16 @@ MAX_ROWS = 2**31 // MAX_POSITIONS
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The part of a packed batch that belongs to one task.
+    """The part of a packed batch that belongs to one stream: a task's own examples, or rows that an objective adds.
 
-    Its rows and tokens are contiguous ranges of the batch. `examples` int64 [n] are indices into the
-    TaskData. `weights` float64 [n] are the shares of the examples in the task's loss of the whole step
+    `stream` is unique in a batch; `task` is the task whose gradient it belongs to, and the two are the same for a
+    task's own examples. Its rows and tokens are contiguous ranges of the batch. `examples` int64 [n] are indices
+    into the TaskData. `weights` float64 [n] are the shares of the examples in the stream's loss of the whole step
     (they sum to 1 over its passes, and are 0 for unlabelled examples). `labels` [n] are int64 classes or
     float64 scores. The rows of a pair are interleaved: a0 b0 a1 b1.
     """
 
+    stream: str
     task: str
     rows: range
     tokens: range
@@ -80,10 +82,43 @@ class PackedBatch:
             tuple(replace(s, labels=move(s.labels), weights=move(s.weights)) for s in self.segments),
         )
 
+    def subset(self, streams: Collection[str]) -> PackedBatch:
+        """The rows of these streams alone, in their order, packed anew; dropout rows stay what they are."""
+        kept = [s for s in self.segments if s.stream in streams]
+        if len(kept) == len(self.segments):
+            return self
+        segments, lengths = [], []
+        first_row = first_token = 0
+        for s in kept:
+            rows, tokens = len(s.rows), len(s.tokens)
+            segments.append(
+                replace(
+                    s,
+                    rows=range(first_row, first_row + rows),
+                    tokens=range(first_token, first_token + tokens),
+                )
+            )
+            lengths.append(self.cu_seqlens[s.rows.start : s.rows.stop + 1].diff())
+            first_row, first_token = first_row + rows, first_token + tokens
+
+        def tokens_of(x: Tensor) -> Tensor:
+            return torch.cat([x[s.tokens.start : s.tokens.stop] for s in kept]) if kept else x[:0]
+
+        ends = torch.cat([self.cu_seqlens[:1], *lengths]).cumsum(0, dtype=torch.int32)
+        return PackedBatch(
+            tokens_of(self.input_ids),
+            tokens_of(self.token_type_ids),
+            tokens_of(self.position_ids),
+            tokens_of(self.dropout_row),
+            ends,
+            self.max_seqlen,
+            tuple(segments),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Examples of one task to pack: indices int64 [n], the id of their first row, the weight of each."""
+    """Examples of one stream to pack: indices int64 [n], the id of their first row, the weight of each."""
 
     data: TaskData
     examples: np.ndarray
@@ -125,12 +160,18 @@ def pack(requests: Sequence[Request]) -> PackedBatch:
     )
 
 
+def word_ids(request: Request) -> np.ndarray:
+    """The word ids int32 that the rows of a request hold, in their order."""
+    return _rows_of(request.data, np.asarray(request.examples, dtype=np.int64)).ids
+
+
 def make_segment(request: Request, *, first_row: int = 0, first_token: int = 0, tokens: int = 0) -> Segment:
     """The segment of a request whose rows and tokens begin at these places of a batch or cached features."""
     data, examples = request.data, np.asarray(request.examples, dtype=np.int64)
     weight = 0.0 if data.labels is None else request.weight
     return Segment(
-        task=data.name,
+        stream=data.name,
+        task=data.task,
         rows=range(first_row, first_row + len(examples) * data.rows_per_example),
         tokens=range(first_token, first_token + tokens),
         examples=examples,
@@ -151,11 +192,11 @@ def rounded_length(length: int) -> int:
 def plan_passes(
     step: Mapping[str, np.ndarray], datasets: Mapping[str, TaskData], max_tokens: int
 ) -> list[list[Request]]:
-    """Splits the examples of one step (task -> indices) into passes of at most `max_tokens` tokens.
+    """Splits the examples of one step (stream -> indices) into passes of at most `max_tokens` tokens.
 
     The passes are contiguous parts of the step in its order, as few as possible, and the largest is as small
     as that number of passes allows. Row ids count the rows of the whole step, and the weight of an example is
-    1 / (examples of its task in the whole step), so that the split changes neither the dropout masks nor the
+    1 / (examples of its stream in the whole step), so that the split changes neither the dropout masks nor the
     loss. Raises DataError when one example alone has more than `max_tokens` tokens.
     """
     names = [name for name, examples in step.items() if len(examples)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mtbert.data.batching import TaskBatches
 from mtbert.data.dataset import Form, TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
@@ -28,6 +29,7 @@ from mtbert.model.build import build_model
 from mtbert.model.heads import HeadSpec
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import resolve
+from mtbert.optim.surgery import UncertaintyWeights
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.loading import HUB, SAMPLE
 from mtbert.tasks.registry import Task, get_task
@@ -131,15 +133,36 @@ def task_data(
     )
 
 
+def token_cache(config: TrainConfig) -> Path:
+    """Where the tokenised tables of a run are kept."""
+    return Path(config.cache) if config.cache else default_cache()
+
+
 def prepare_data(config: TrainConfig, tables: TaskTables, tokeniser: Tokeniser) -> TaskSplits:
     """TaskData by task and split."""
-    cache = Path(config.cache) if config.cache else default_cache()
+    cache = token_cache(config)
     return {
         name: {
             split: task_data(get_task(name), config.task[name], table, tokeniser, cache)
             for split, table in splits.items()
         }
         for name, splits in tables.items()
+    }
+
+
+def task_batches(config: TrainConfig, data: TaskSplits) -> dict[str, TaskBatches]:
+    """The endless batches of each task's training examples."""
+    return {
+        name: TaskBatches(
+            data[name]["train"].lengths,
+            config.task[name].batch_size,
+            config.seed,
+            name,
+            sampling=config.task[name].sampling,
+            labels=data[name]["train"].labels,
+            fraction=config.task[name].train_fraction,
+        )
+        for name in config.tasks
     }
 
 
@@ -163,6 +186,10 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         max_lengths={name: config.task[name].max_length for name in config.tasks},
         seed=config.seed,
     )
+    if config.surgery.method == "uncertainty":
+        model.uncertainty = UncertaintyWeights(
+            {name: task.kind == "similarity" for name, task in tasks_of(config).items()}
+        )
     return model.to(machine.device), Tokeniser.from_folder(folder)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mtbert.data.dataset import MAX_POSITIONS, TaskData
 from mtbert.data.packing import Request, make_segment, pack, plan_passes
-from mtbert.engine.forward import ForwardResult, PackedForward
+from mtbert.engine.forward import ForwardResult, PackedForward, SegmentsOf
 from mtbert.model.dropout import DropoutStream
+from mtbert.model.multitask import MultiTaskModel
 
 
 class FrozenForward:
@@ -29,13 +30,20 @@ class FrozenForward:
                 f"features are constant only in mode last-linear-layer, not in {packed.model.mode}"
             )
         self.packed = packed
+        self.model: MultiTaskModel = packed.model
+        self.dtype = packed.dtype
         self.max_tokens = max_tokens
         self._cache: weakref.WeakKeyDictionary[TaskData, Tensor] = weakref.WeakKeyDictionary()
 
-    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
-        """Gather the examples' features, run the heads; `tokens` counts what the features stand for."""
+    def __call__(
+        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    ) -> ForwardResult:
+        """Gather the examples' features, run the heads; `tokens` counts what the features stand for.
+
+        No trained parameter is shared here, so that `segments` has nothing to tell apart.
+        """
         device = self.packed.device
-        segments, features, dropout_rows, tokens = [], {}, {}, 0
+        found, features, dropout_rows, tokens = [], {}, {}, 0
         for request in requests:
             data = request.data
             each = data.rows_per_example
@@ -44,14 +52,14 @@ class FrozenForward:
             row_ids = torch.arange(request.first_row_id, request.first_row_id + len(rows), device=device)
             dropout_rows[data.name] = (row_ids * MAX_POSITIONS).to(torch.int32)
             segment = make_segment(request)
-            segments.append(
+            found.append(
                 replace(segment, labels=segment.labels.to(device), weights=segment.weights.to(device))
             )
             tokens += int(data.lengths[request.examples].sum())
         outputs = self.packed.model.outputs_from_features(
             features, dropout_rows=dropout_rows, dropout=dropout
         )
-        return ForwardResult(tuple(segments), outputs, tokens)
+        return ForwardResult(tuple(found), features, outputs, tokens)
 
     def features(self, data: TaskData) -> Tensor:
         """Pooled rows `[rows, C]` of a whole table on the device; computed at the first call."""

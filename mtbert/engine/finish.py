@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from mtbert.data.dataset import TaskData
 from mtbert.engine.checkpoint import CheckpointStore
@@ -14,13 +15,12 @@ from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer
 from mtbert.errors import CheckpointError
 from mtbert.evaluation.predictions import SINGLE_TASK_COURSE_TASKS, Predictions, write_prediction_files
-from mtbert.model.multitask import MultiTaskModel
 from mtbert.tasks.registry import Task
 
 logger = logging.getLogger(__name__)
 
 
-def load_best_weights(model: MultiTaskModel, folder: Path) -> int:
+def load_best_weights(model: nn.Module, folder: Path) -> int:
     """Put the best checkpoint's weights into `model`; returns its step. Raises CheckpointError when there is none."""
     checkpoint = CheckpointStore(folder).load_best(logger.warning)
     if checkpoint is None:

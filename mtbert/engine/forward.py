@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mtbert.data.packing import Request, Segment, pack
+from mtbert.data.packing import PackedBatch, Request, Segment, pack
+from mtbert.kernels.segments import Segments
+from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
+
+SegmentsOf = Callable[[PackedBatch], Segments | None]
+"""Where the gradients of a batch's tasks go, when they are wanted one by one."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +25,30 @@ class ForwardResult:
     """The heads' outputs of one pass."""
 
     segments: tuple[Segment, ...]
-    outputs: dict[str, Tensor]
+    rows: Mapping[str, Tensor]
+    """Pooled rows `[rows, C]` of each stream."""
+    outputs: Mapping[str, Tensor]
     """`[n, outputs]` float32 (float64 for a float64 model) of each task's segment."""
     tokens: int
     """Real tokens that the examples hold."""
+    batch: PackedBatch | None = None
+    """What the encoder read; None when its features were there already."""
 
 
 class Forward(Protocol):
     """A way to compute outputs; training and inference don't care which."""
 
-    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
+    @property
+    def model(self) -> MultiTaskModel:
+        """The model that computes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the encoder computes in."""
+
+    def __call__(
+        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    ) -> ForwardResult:
         """Outputs of the requested examples; `dropout=None` is inference."""
 
 
@@ -40,8 +60,105 @@ class PackedForward:
         self.device = device
         self.dtype = dtype
 
-    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
+    def __call__(
+        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    ) -> ForwardResult:
         """Pack, move to the device, run the model."""
         batch = pack(requests).to(self.device, non_blocking=True)
-        outputs = self.model(batch, dtype=self.dtype, dropout=dropout)
-        return ForwardResult(batch.segments, outputs, batch.tokens)
+        rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
+        return ForwardResult(batch.segments, rows, outputs, batch.tokens, batch)
+
+
+def run_model(
+    model: MultiTaskModel,
+    batch: PackedBatch,
+    dtype: torch.dtype,
+    dropout: DropoutStream | None,
+    segments: SegmentsOf | None = None,
+    noise: Tensor | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Pooled rows and outputs of every stream of `batch`."""
+    rows = model.features(
+        batch, dtype=dtype, dropout=dropout, segments=segments(batch) if segments else None, noise=noise
+    )
+    return rows, model.outputs_from_features(
+        rows, dropout_rows=model.dropout_rows(batch) if dropout else None, dropout=dropout
+    )
+
+
+class TrainingPass:
+    """One forward pass of a training step, as the objectives see it."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        result: ForwardResult,
+        *,
+        dropout: DropoutStream,
+        segments: SegmentsOf | None,
+        step: int,
+        progress: float,
+    ) -> None:
+        self.segments = result.segments
+        self.rows = result.rows
+        self.outputs = result.outputs
+        self.step = step
+        self.progress = progress
+        self._forward = forward
+        self._batch = result.batch
+        self._dropout = dropout
+        self._segments_of = segments
+        self._by_stream = {segment.stream: segment for segment in result.segments}
+
+    def segment(self, stream: str) -> Segment | None:
+        """The segment of a stream; None when this pass holds none of it."""
+        return self._by_stream.get(stream)
+
+    def sub_batch(self, streams: Sequence[str]) -> PackedBatch:
+        """The packed rows of those streams alone, in the order of the pass."""
+        if self._batch is None:
+            raise ValueError("a frozen encoder's features were not packed: there is no batch to read again")
+        return self._batch.subset(streams)
+
+    def fresh_dropout(self) -> DropoutStream:
+        """Masks that no other forward pass of this step has."""
+        self._dropout = replace(self._dropout, forward_pass=self._dropout.forward_pass + 1)
+        return self._dropout
+
+    def again(
+        self,
+        streams: Sequence[str],
+        *,
+        dropout: DropoutStream | None,
+        noise: Tensor | None = None,
+        trained: bool = True,
+        model: MultiTaskModel | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Again:
+        """One more forward pass over `sub_batch(streams)`; see `mtbert.losses.objective.Pass`."""
+        batch = self.sub_batch(streams)
+        chosen = self._forward.model if model is None else model
+        own = trained and model is None
+        with contextlib.nullcontext() if trained else _untrained(chosen):
+            rows, outputs = run_model(
+                chosen,
+                batch,
+                self._forward.dtype if dtype is None else dtype,
+                dropout,
+                self._segments_of if own else None,
+                noise,
+            )
+        return Again(batch, rows, outputs)
+
+
+@contextlib.contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """No parameter of `model` takes part in the graphs that are built within."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from mtbert.config import TrainConfig
 from mtbert.data.tokenisation import Tokeniser
 from mtbert.engine.build import Machine, build_forward, load_model, prepare_machine, tasks_of
+from mtbert.engine.export import is_exported
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.forward import Forward
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.model.pretrained import ENCODER_FOLDER
 from mtbert.tasks.registry import Task
 
 
@@ -38,6 +40,9 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
             f"{run.path} holds the runs of {config.seeds} seeds; name one of them, like"
             f" {run.path / f'seed-{config.seed}'}"
         )
+    if is_exported(run.path):  # then nothing beyond the run's own folder is needed
+        model = dataclasses.replace(config.model, pretrained=str(run.path / ENCODER_FOLDER))
+        config = dataclasses.replace(config, model=model)
     # The machine of the training need not be this one.
     config = dataclasses.replace(config, device=device or "auto", threads=0)
     machine = prepare_machine(config)

@@ -1,20 +1,33 @@
-"""One training step: pack, forward, loss, backward, clip, update; and a guard that keeps NaN out of the weights."""
+"""One training step: pack, forward, losses, backward, clip, update; and a guard that keeps NaN out of the weights."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtbert.curriculum import Plan
 from mtbert.data.dataset import TaskData
-from mtbert.data.packing import Segment, plan_passes
-from mtbert.engine.forward import Forward
+from mtbert.data.packing import Request, Segment, plan_passes
+from mtbert.engine.forward import Forward, TrainingPass
+from mtbert.engine.gradients import (
+    GradientReport,
+    OnePassGradients,
+    PerTaskGradients,
+    StepGradients,
+    SummedGradients,
+)
 from mtbert.errors import NonFiniteError
+from mtbert.losses.objective import Objective
 from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.dropout import DropoutStream
+from mtbert.optim.mixout import Mixout
+from mtbert.optim.pretrained_decay import PretrainedDecay
+from mtbert.optim.surgery import Surgery, UncertaintyWeights
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,10 @@ class StepResult:
     """Steps taken before this one."""
     losses: dict[str, Tensor]
     """Mean loss of each task over its rows of the step, 0-d float32, before the task's weight."""
+    objectives: dict[str, Tensor]
+    """Loss of each objective by `task/objective`, 0-d, with its weight."""
     total: Tensor
-    """Weighted sum of the losses, 0-d."""
+    """Weighted sum of all losses, 0-d."""
     grad_norm: Tensor
     """2-norm of the whole gradient before clipping, 0-d."""
     finite: Tensor
@@ -34,7 +49,9 @@ class StepResult:
     tokens: int
     """Real tokens of the step's examples."""
     examples: tuple[tuple[Segment, Tensor], ...]
-    """Every segment of the step with the losses of its examples, for naming culprits."""
+    """Every task's segments of the step with the losses of their examples, for naming culprits."""
+    gradients: GradientReport | None = None
+    """The tasks' gradients, where they were taken one by one."""
 
     def check(self) -> None:
         """Raise NonFiniteError, naming the step, the tasks and the examples, unless all was finite."""
@@ -48,6 +65,11 @@ class StepResult:
         if named:
             what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in named.items())
             raise NonFiniteError(f"step {self.step + 1}: the loss is not finite. {what}. {_ADVICE}")
+        odd = [name for name, loss in self.objectives.items() if not bool(torch.isfinite(loss))]
+        if odd:
+            raise NonFiniteError(
+                f"step {self.step + 1}: the loss of {', '.join(odd)} is not finite. {_ADVICE}"
+            )
         ids_by_task: dict[str, list[str]] = {}
         for segment, _ in self.examples:
             ids_by_task.setdefault(segment.task, []).extend(segment.ids)
@@ -79,57 +101,162 @@ class TrainStep:
         max_tokens: int,
         clip_norm: float,
         seed: int,
+        objectives: Sequence[Objective] = (),
+        surgery: Surgery | None = None,
+        uncertainty: UncertaintyWeights | None = None,
+        mixout: Mixout | None = None,
+        pretrained_decay: PretrainedDecay | None = None,
     ) -> None:
-        """`max_tokens` bounds the tokens of one forward and backward pass; larger steps take several passes."""
+        """`max_tokens` bounds the tokens of one forward and backward pass; larger steps take several passes.
+
+        objectives: the model knows their streams. surgery: how the tasks' gradients are combined; None sums them.
+        """
         self.forward = forward
+        self.model = forward.model
         self.optimizer = optimizer
         self.losses = dict(losses)
+        self.objectives = tuple(objectives)
         self.data = dict(data)
+        for objective in self.objectives:
+            self.data.update(objective.streams())
         self.max_tokens = max_tokens
         self.clip_norm = clip_norm
         self.seed = seed
+        self.surgery = surgery
+        self.uncertainty = uncertainty
+        self.mixout = mixout
+        self.pretrained_decay = pretrained_decay
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, plan: Plan, step: int) -> StepResult:
-        """Train on the examples of `plan`; `step` (0-based) selects the dropout masks."""
-        result = self.accumulate(plan, step)
+    def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
+        """Train on the examples of `plan`.
+
+        step: 0-based; selects the dropout masks. progress: the share of the training that is done, for what
+        follows a schedule.
+        """
+        result = self.accumulate(plan, step, progress)
         if self.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, result.grad_norm)
         # torch's fused AdamW leaves parameters and moments alone when found_inf is 1, without a host round trip.
         self.optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.step()
+        for objective in self.objectives:
+            objective.after_step()
         return result
 
-    def accumulate(self, plan: Plan, step: int) -> StepResult:
+    def accumulate(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
         self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
-        sums: dict[str, Tensor] = {}
-        total: Tensor | None = None
-        examples: list[tuple[Segment, Tensor]] = []
-        tokens = 0
-        for requests in plan_passes(plan, self.data, self.max_tokens):
-            batch = self.forward(requests, dropout)
-            loss: Tensor | None = None
-            for segment in batch.segments:
-                task_loss = self.losses[segment.task]
-                per_example = task_loss.per_example(batch.outputs[segment.task], segment.labels)
-                mean_share = (per_example * segment.weights.to(per_example.dtype)).sum()
-                weighted = task_loss.weight * mean_share
-                loss = weighted if loss is None else loss + weighted
-                share = mean_share.detach()
-                sums[segment.task] = share if segment.task not in sums else sums[segment.task] + share
-                examples.append((segment, per_example.detach()))
-            if loss is None:
-                continue
-            if loss.requires_grad:  # a cosine over a frozen encoder has nothing to train
-                loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-            tokens += batch.tokens
-        if total is None:
+        sums = _Sums()
+        passes = plan_passes(self._streams(plan, step), self.data, self.max_tokens)
+        if not passes:
             raise ValueError("a step needs at least one example")
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        gradients = self._gradients(plan, passes)
+        with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext():
+            for requests in passes:
+                result = self.forward(requests, dropout, gradients.segments)
+                run = TrainingPass(
+                    self.forward,
+                    result,
+                    dropout=dropout,
+                    segments=gradients.segments,
+                    step=step,
+                    progress=progress,
+                )
+                gradients.backward(self._losses(run, sums))
+                sums.tokens += result.tokens
+        report = gradients.finish(step)
+        if self.pretrained_decay is not None:
+            self.pretrained_decay.add_gradients()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None], foreach=True
+        )
+        # A step may hold nothing that an objective can use, and then it trains nothing.
+        total = torch.stack([torch.zeros_like(norm), *(loss.to(norm) for loss in sums.totals.values())]).sum()
         finite = torch.isfinite(norm) & torch.isfinite(total)
-        return StepResult(step, sums, total, norm, finite, tokens, tuple(examples))
+        return StepResult(
+            step, sums.tasks, sums.objectives, total, norm, finite, sums.tokens, tuple(sums.examples), report
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """What objectives and surgery must find again after a resumption, by name."""
+        state = {
+            f"objective/{objective.name}/{name}": value
+            for objective in self.objectives
+            for name, value in objective.state().items()
+        }
+        if self.surgery is not None:
+            state |= {f"surgery/{name}": value for name, value in self.surgery.state().items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state of `state()`."""
+        for objective in self.objectives:
+            objective.restore(_below(state, f"objective/{objective.name}/"))
+        if self.surgery is not None:
+            self.surgery.restore(_below(state, "surgery/"))
+
+    def _streams(self, plan: Plan, step: int) -> Plan:
+        """The plan with the objectives' rows beside those of the task that they belong to."""
+        added: dict[str, np.ndarray] = {}
+        for objective in self.objectives:
+            added.update(objective.examples(plan, step))
+        streams: Plan = {}
+        for task, examples in plan.items():
+            streams[task] = examples
+            streams.update({name: rows for name, rows in added.items() if self.data[name].task == task})
+        return streams
+
+    def _gradients(self, plan: Plan, passes: Sequence[Sequence[Request]]) -> StepGradients:
+        tasks = [task for task, examples in plan.items() if len(examples)]
+        if self.surgery is None or len(tasks) < 2:
+            return SummedGradients(self.model, self.mixout)
+        if self.surgery.config.gradients == "per-task":
+            return PerTaskGradients(self.model, self.surgery, tasks, self.mixout)
+        return OnePassGradients(self.model, self.surgery, tasks, self.mixout, passes)
+
+    def _losses(self, run: TrainingPass, sums: _Sums) -> dict[str, Tensor]:
+        """The weighted loss of each task in one pass: its own and its parts of the objectives."""
+        losses: dict[str, Tensor] = {}
+        for task, task_loss in self.losses.items():
+            segment = run.segment(task)
+            if segment is None:
+                continue
+            per_example = task_loss.per_example(run.outputs[task], segment.labels)
+            sums.examples.append((segment, per_example.detach()))
+            weights = segment.weights.to(per_example.dtype)
+            mean_share = (per_example * weights).sum()
+            _add(sums.tasks, task, mean_share)
+            if task_loss.weight:
+                losses[task] = task_loss.weight * mean_share
+            if self.uncertainty is not None and task in losses:
+                losses[task] = self.uncertainty(task, losses[task], weights.sum())
+        for objective in self.objectives:
+            for task, loss in objective.losses(run).items():
+                _add(sums.objectives, f"{task}/{objective.name}", loss)
+                losses[task] = losses[task] + loss if task in losses else loss
+        for task, loss in losses.items():
+            _add(sums.totals, task, loss)
+        return losses
+
+
+class _Sums:
+    """What a step's passes add up to."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, Tensor] = {}
+        self.objectives: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.examples: list[tuple[Segment, Tensor]] = []
+        self.tokens = 0
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.detach()
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -32,6 +32,9 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record["kind"] == "step":
         pairs = [(f"loss/{task}", value) for task, value in record["loss"].items()]
+        pairs += [(f"objective/{name}", value) for name, value in record.get("objective", {}).items()]
+        cosines = record.get("gradients", {}).get("cosine", {})
+        pairs += [(f"gradient_cosine/{tasks}", value) for tasks, value in cosines.items()]
         return [
             *pairs,
             ("loss/total", record["total_loss"]),

@@ -8,28 +8,32 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mtbert.curriculum import Curriculum
+from mtbert.curriculum import Curriculum, Plan
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.environment import environment_differences
-from mtbert.engine.evaluator import EvaluationConfig, Evaluator
+from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
-from mtbert.engine.step import StepResult, TrainStep
+from mtbert.engine.step import StepResult
 from mtbert.engine.tensorboard import Listener
 from mtbert.errors import CheckpointError, ConfigError, Interrupted, UserError
-from mtbert.evaluation.metrics import aggregates
+from mtbert.evaluation.metrics import TaskScores, aggregates
 from mtbert.optim.schedule import ScheduleConfig, factor, set_learning_rate
+from mtbert.optim.unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
+
+_METHODS = "method/"
+"""Begins the names of the methods' tensors, which stand in a checkpoint beside the optimizer's."""
 
 
 @dataclass
@@ -81,6 +85,11 @@ class _Window:
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    objective_sums: dict[str, float] = field(default_factory=dict)
+    objective_counts: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Of the gradients' cosines, norms and alterations: sum and count by task or pair of tasks."""
+    gradient_steps: int = 0
     total: float = 0.0
     grad_norm: float = 0.0
     steps: int = 0
@@ -91,9 +100,56 @@ class _Window:
         for task, loss in result.losses.items():
             self.sums[task] = self.sums.get(task, 0.0) + float(loss)
             self.counts[task] = self.counts.get(task, 0) + 1
+        for name, loss in result.objectives.items():
+            self.objective_sums[name] = self.objective_sums.get(name, 0.0) + float(loss)
+            self.objective_counts[name] = self.objective_counts.get(name, 0) + 1
+        if result.gradients is not None:
+            self.gradient_steps += 1
+            for kind, values in result.gradients.to_json().items():
+                sums = self.gradients.setdefault(kind, {})
+                for name, value in values.items():
+                    before = sums.get(name, [0.0, 0])
+                    sums[name] = [before[0] + value, before[1] + 1]
         self.total += float(result.total)
         self.grad_norm += float(result.grad_norm)
         self.steps += 1
+
+
+class Step(Protocol):
+    """What the loop needs of a training step (see `mtbert.engine.step.TrainStep`)."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self, plan: Plan, step: int, progress: float) -> StepResult:
+        """Train on the examples of `plan`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be found again after a resumption, beside the model and the optimizer."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state of `state()`."""
+
+
+class Scored(Protocol):
+    """What the loop needs of an evaluation (see `mtbert.engine.evaluator.Evaluation`)."""
+
+    @property
+    def dev(self) -> Mapping[str, TaskScores]:
+        """Scores by task."""
+
+    @property
+    def score(self) -> float:
+        """The number that checkpoints are chosen by; larger is better."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of a line of metrics.jsonl."""
+
+
+class Scorer(Protocol):
+    """What evaluates."""
+
+    def evaluate(self) -> Scored:
+        """Score the model as it is now."""
 
 
 class Trainer:
@@ -102,17 +158,17 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        train_step: TrainStep,
+        train_step: Step,
         curriculum: Curriculum,
-        evaluator: Evaluator,
+        evaluator: Scorer,
         store: CheckpointStore,
         log: MetricsLog,
         *,
-        epochs: float,
         schedule: ScheduleConfig,
         evaluation: EvaluationConfig,
         run: RunConfig,
         fingerprint: dict[str, Any],
+        unfreezing: Unfreezing | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run."""
@@ -127,9 +183,9 @@ class Trainer:
         self.evaluation = evaluation
         self.run = run
         self.fingerprint = fingerprint
+        self.unfreezing = unfreezing
         self.listeners = listeners
-        self.steps_per_epoch = curriculum.steps_per_epoch
-        self.total_steps = max(1, round(epochs * self.steps_per_epoch))
+        self.total_steps = curriculum.total_steps
         self.progress = Progress()
         self._window = _Window()
         self._pending: StepResult | None = None
@@ -141,8 +197,12 @@ class Trainer:
             while progress.step < self.total_steps and not self._out_of_patience():
                 share = factor(self.schedule, progress.step, self.total_steps)
                 lr = set_learning_rate(self.optimizer, share)
+                if self.unfreezing is not None:
+                    self.unfreezing.apply(self.epoch)
                 started = time.perf_counter()
-                result = self.train_step(self.curriculum.next(), progress.step)
+                result = self.train_step(
+                    self.curriculum.next(), progress.step, progress.step / self.total_steps
+                )
                 self._collect()
                 elapsed = time.perf_counter() - started
                 self._pending = result
@@ -164,15 +224,20 @@ class Trainer:
     def _after_step(self, lr: float, bar: tqdm[Any]) -> None:
         step = self.progress.step
         last = step == self.total_steps
-        every = self.steps_per_epoch if self.evaluation.every == "epoch" else self.evaluation.every
-        evaluate = last or step % every == 0
+        epoch_over = self.curriculum.ends_epoch(step)
+        every = self.evaluation.every
+        phase = self.curriculum.finished_task(step)
+        if isinstance(every, int):
+            evaluate = last or step % every == 0
+        else:
+            evaluate = last or epoch_over or (every == "phase" and phase is not None)
         checkpoint = evaluate or (self.run.checkpoint_every and step % self.run.checkpoint_every == 0)
         if checkpoint or step % self.run.log_every == 0:
             self._collect()
             self._log_window(lr, bar)
         if evaluate:
-            self.evaluate()
-        if step % self.steps_per_epoch == 0 or last or self._out_of_patience():
+            self.evaluate(phase)
+        if epoch_over or last or self._out_of_patience():
             self._log_epoch()
         if checkpoint:
             self.checkpoint()
@@ -202,19 +267,29 @@ class Trainer:
     @property
     def epoch(self) -> float:
         """Epochs done, with their fraction."""
-        return self.progress.step / self.steps_per_epoch
+        return self.curriculum.epoch_of(self.progress.step)
 
     def _log_window(self, lr: float, bar: tqdm[Any]) -> None:
         window, self._window = self._window, _Window()
         if not window.steps:
             return
         losses = {task: window.sums[task] / window.counts[task] for task in window.sums}
+        extra: dict[str, Any] = {}
+        if window.objective_sums:
+            counts = window.objective_counts
+            extra["objective"] = {n: value / counts[n] for n, value in window.objective_sums.items()}
+        if window.gradients:
+            extra["gradients"] = {
+                kind: {name: total / count for name, (total, count) in sums.items()}
+                for kind, sums in window.gradients.items()
+            } | {"steps": window.gradient_steps}
         self._write(
             {
                 "kind": "step",
                 "step": self.progress.step,
                 "epoch": round(self.epoch, 6),
                 "loss": losses,
+                **extra,
                 "total_loss": window.total / window.steps,
                 "grad_norm": window.grad_norm / window.steps,
                 "lr": lr,
@@ -238,8 +313,11 @@ class Trainer:
             }
         )
 
-    def evaluate(self) -> None:
-        """Score train and dev, log a line, and remember whether this is the best so far."""
+    def evaluate(self, phase: str | None = None) -> None:
+        """Score train and dev, log a line, and remember whether this is the best so far.
+
+        phase: the task whose pass has just ended, where tasks have passes of their own.
+        """
         progress = self.progress
         self.model.eval()
         result = self.evaluator.evaluate()
@@ -252,8 +330,10 @@ class Trainer:
                 "seconds": progress.seconds,
                 "tokens": progress.tokens,
             }
+            | ({} if phase is None else {"phase": phase})
             | result.to_json()
         )
+        self.curriculum.observe({task: scores.headline for task, scores in result.dev.items()})
         better = result.score > progress.best_score
         if better:
             progress.best_score, progress.best_step = result.score, progress.step
@@ -278,7 +358,8 @@ class Trainer:
         return self.store.save(
             self.progress.step,
             model=self.model.state_dict(),
-            optimizer=optimizer_tensors(self.optimizer, self.model),
+            optimizer=optimizer_tensors(self.optimizer, self.model)
+            | {f"{_METHODS}{name}": value for name, value in self.train_step.state().items()},
             state={
                 "progress": self.progress.to_json(),
                 "curriculum": self.curriculum.state(),
@@ -305,7 +386,15 @@ class Trainer:
             logger.warning("resuming, but not bit for bit: %s", difference)
         try:
             self.model.load_state_dict(checkpoint.model)
-            restore_optimizer(self.optimizer, self.model, checkpoint.optimizer)
+            moments = {n: v for n, v in checkpoint.optimizer.items() if not n.startswith(_METHODS)}
+            restore_optimizer(self.optimizer, self.model, moments)
+            self.train_step.restore(
+                {
+                    n.removeprefix(_METHODS): v
+                    for n, v in checkpoint.optimizer.items()
+                    if n.startswith(_METHODS)
+                }
+            )
             self.curriculum.restore(checkpoint.state["curriculum"])
             self.progress = Progress.from_json(checkpoint.state["progress"])
             self._window = _Window(**checkpoint.state["window"])

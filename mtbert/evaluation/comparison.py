@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.bootstrap import LEVEL, RESAMPLES, Difference, Interval, intervals, paired_differences
 from mtbert.evaluation.files import write_text
+from mtbert.evaluation.halves import REPORT_HALF, WHOLE, reported
 from mtbert.evaluation.markdown import escape
 from mtbert.evaluation.metrics import headline_name
 from mtbert.evaluation.plots.compare_plots import difference_plot, loss_overlay, metric_overlay
@@ -28,11 +29,12 @@ _IGNORED_KEYS = ("output",)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs beside each other, on dev.
+    """Runs beside each other, on dev, or on its report half (`split`) where all of them chose on the other.
 
     `names` are distinct; `tasks` are those that all runs trained; `intervals` (one a run) and `differences`
     (runs 1, 2, ... from run 0) have a key for every task and, when defined, `overall` and `mean`; `config`
-    holds the dotted configuration keys whose values differ.
+    holds the dotted configuration keys whose values differ. `whole` holds the differences on all of dev where the
+    others are of the report half, else it is empty.
     """
 
     runs: tuple[Run, ...]
@@ -41,6 +43,8 @@ class Comparison:
     intervals: tuple[Mapping[str, Interval], ...]
     differences: tuple[Mapping[str, Difference], ...]
     config: Mapping[str, tuple[Any, ...]]
+    split: str = WHOLE
+    whole: tuple[Mapping[str, Difference], ...] = ()
 
     @property
     def titles(self) -> dict[str, str]:
@@ -50,7 +54,7 @@ class Comparison:
 
     def score_rows(self) -> tuple[list[str], list[list[Cell]]]:
         """Headers and rows: one metric a row, then every run's value and interval."""
-        headers = ["dev metric"]
+        headers = [f"metric on {self.split}"]
         for name in self.names:
             headers += [name, f"{LEVEL:.0%} interval"]
         rows: list[list[Cell]] = []
@@ -63,13 +67,18 @@ class Comparison:
 
     def difference_rows(self) -> tuple[list[str], list[list[Cell]]]:
         """Headers and rows: every run after the first against the first, by metric."""
-        headers = ["run", "dev metric", "difference", f"{LEVEL:.0%} interval", "share"]
+        headers = ["run", f"metric on {self.split}", "difference", f"{LEVEL:.0%} interval", "share"]
+        if self.whole:
+            headers.append("on all of dev (optimistic)")
         rows: list[list[Cell]] = []
-        for name, entry in zip(self.names[1:], self.differences, strict=True):
+        for place, (name, entry) in enumerate(zip(self.names[1:], self.differences, strict=True)):
             for key, title in self.titles.items():
                 found = entry[key]
-                ends = f"{found.low:+.3f} to {found.high:+.3f}"
-                rows.append([name, title, f"{found.value:+.3f}", ends, found.share])
+                row: list[Cell] = [name, title, f"{found.value:+.3f}", _ends(found), found.share]
+                if self.whole:
+                    other = self.whole[place][key]
+                    row.append(f"{other.value:+.3f} ({_ends(other)})")
+                rows.append(row)
         return headers, rows
 
     def config_rows(self) -> tuple[list[str], list[list[Cell]]]:
@@ -115,13 +124,21 @@ def compare_runs(
                 f"(python -m mtbert.predict {run.folder} writes them)"
             )
         predictions.append({name: run.predictions(task) for name, task in shared.items()})
-    differences = []
+    halved = all(run.halved for run in runs)
+    whole: list[Mapping[str, Difference]] = []
     for run, entry in zip(runs[1:], predictions[1:], strict=True):
         try:
             found = paired_differences(shared, predictions[0], entry, resamples=resamples, seed=seed)
         except DataError as error:
             raise DataError(f"{runs[0].folder} and {run.folder}: {error}") from error
-        differences.append(found)
+        whole.append(found)
+    differences = whole
+    if halved:
+        predictions = [reported(entry, halved) for entry in predictions]
+        differences = [
+            paired_differences(shared, predictions[0], entry, resamples=resamples, seed=seed)
+            for entry in predictions[1:]
+        ]
     return Comparison(
         runs=tuple(runs),
         names=_distinct_names(runs),
@@ -129,6 +146,8 @@ def compare_runs(
         intervals=tuple(intervals(shared, entry, resamples=resamples, seed=seed) for entry in predictions),
         differences=tuple(differences),
         config=config_differences([run.config() for run in runs]),
+        split=REPORT_HALF if halved else WHOLE,
+        whole=tuple(whole) if halved else (),
     )
 
 
@@ -137,9 +156,8 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
     runs, names = comparison.runs, comparison.names
     commits = sorted({run.git for run in runs})
     source = Source(", ".join(names), ", ".join(commits))
-    save(
-        difference_plot(comparison.differences, names, comparison.titles, source), output / "differences.png"
-    )
+    figure = difference_plot(comparison.differences, names, comparison.titles, source, comparison.split)
+    save(figure, output / "differences.png")
     save(metric_overlay(runs, names, comparison.tasks, source), output / "metrics.png")
     save(loss_overlay(runs, names, comparison.tasks, source), output / "losses.png")
     listed = [
@@ -151,9 +169,9 @@ def write_comparison(comparison: Comparison, output: Path) -> Path:
         "## Scores\n\n" + _markdown(*comparison.score_rows()),
         f"## Differences from {escape(names[0])}\n\n"
         + _markdown(*comparison.difference_rows())
-        + "\n\nPaired bootstrap on the same dev examples. `share` is like a two-sided p-value: twice the "
-        "share of resamples in which the difference is not of the observed sign. It speaks of the choice of "
-        "dev examples, not of other seeds.",
+        + f"\n\nPaired bootstrap on the same examples ({comparison.split}). `share` is like a two-sided "
+        "p-value: twice the share of resamples in which the difference is not of the observed sign. It speaks "
+        f"of the choice of dev examples, not of other seeds.{_selection_note(runs)}",
         "![differences](differences.png)",
         "## Curves\n\n![metrics](metrics.png)\n\n![losses](losses.png)",
     ]
@@ -170,6 +188,23 @@ def config_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[
     keys = dict.fromkeys(key for config in flat for key in config)
     found = {key: tuple(config.get(key) for config in flat) for key in keys if key not in _IGNORED_KEYS}
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _ends(difference: Difference) -> str:
+    return f"{difference.low:+.3f} to {difference.high:+.3f}"
+
+
+def _selection_note(runs: Sequence[Run]) -> str:
+    """What chose the checkpoints, where that was not the whole of dev in every run."""
+    if not any(run.halved for run in runs):
+        return ""
+    curves = "The dev curves of such a run are of the half that chose."
+    if all(run.halved for run in runs):
+        return (
+            " Checkpoints were chosen on the other half of dev; figures of all of dev count the examples that chose and"
+            f" are optimistic. {curves}"
+        )
+    return f" Some of the runs chose their checkpoint on all of dev, others on one half of it. {curves}"
 
 
 def _flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,6 +64,41 @@ class History:
                 values.append(float(row["f1"]))
         return curves
 
+    def objectives(self) -> list[str]:
+        """The objectives beside the task losses, `task/objective`, in the order of their appearance."""
+        return _names(self.steps, "objective")
+
+    def objective(self, name: str) -> Series:
+        """Loss of an objective: steps and values."""
+        return _series(self.steps, "objective", name)
+
+    def gradient_names(self, kind: str) -> list[str]:
+        """The tasks (`norm`) or pairs of tasks (`cosine`, `conflict`, `altered`) with a figure of that kind."""
+        return _names(self.steps, "gradients", kind)
+
+    def gradients(self, kind: str, name: str) -> Series:
+        """A figure of the tasks' gradients, each the mean over the steps since the line before: steps and values."""
+        return _series(self.steps, "gradients", kind, name)
+
+    def gradient_mean(self, kind: str, name: str) -> float | None:
+        """The mean of a figure over all steps that have it; None where none has."""
+        total = weight = 0.0
+        for line in self.steps:
+            figures = line.get("gradients") or {}
+            value = (figures.get(kind) or {}).get(name)
+            if value is not None:
+                count = float(figures.get("steps") or 1)
+                total, weight = total + count * float(value), weight + count
+        return total / weight if weight else None
+
+    def embedding(self, measure: str) -> Series:
+        """`alignment` or `uniformity` of the sentence embeddings over the evaluations: steps and values."""
+        return _series(self.evaluations, "embedding", measure)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The evaluations at whose step the phase of a task was over, in their order."""
+        return [line for line in self.evaluations if line.get("phase")]
+
     def column(self, name: str) -> Series:
         """A number of the step lines (`lr`, `grad_norm`, `total_loss`): steps and values."""
         return _series(self.steps, name)
@@ -93,6 +128,17 @@ def _series(lines: list[dict[str, Any]], *keys: str) -> Series:
             steps.append(float(line["step"]))
             values.append(float(value))
     return steps, values
+
+
+def _names(lines: list[dict[str, Any]], *keys: str) -> list[str]:
+    """The keys of the objects under `keys`, each once."""
+    names: dict[str, None] = {}
+    for line in lines:
+        value: Any = line
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        names |= dict.fromkeys(value or ())
+    return list(names)
 
 
 def read_history(path: Path) -> History:

@@ -1,6 +1,10 @@
-"""Foreign text (sentences, names, file paths) made safe inside Markdown, tables included."""
+"""Foreign text (sentences, names, file paths) made safe inside Markdown, tables included; links to images."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 # Brackets become entities and not backslash pairs: some renderers read "\[" as the start of a formula.
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "&#91;", "]": "&#93;", "$": "&#36;", "@": "&#64;"}
@@ -27,3 +31,12 @@ def fenced(text: str, language: str = "") -> str:
         fence += "`"
     body = text.rstrip("\n")
     return f"{fence}{language}\n{body}\n{fence}"
+
+
+def image_links(paths: Mapping[str, Path], folder: Path, names: Sequence[str]) -> str:
+    """The images of those names that there are, linked relative to `folder`, so that it can be moved."""
+    return "\n\n".join(
+        f"![{escape(name)}]({Path(os.path.relpath(paths[name], folder)).as_posix()})"
+        for name in names
+        if name in paths
+    )

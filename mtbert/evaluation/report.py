@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 from mtbert.evaluation.bootstrap import RESAMPLES
 from mtbert.evaluation.evaluation_table import evaluation_rows
 from mtbert.evaluation.files import write_text
+from mtbert.evaluation.halves import SELECTION_HALF
 from mtbert.evaluation.history import epoch_text
-from mtbert.evaluation.markdown import escape, fenced
+from mtbert.evaluation.markdown import escape, fenced, image_links
+from mtbert.evaluation.method_sections import method_sections
 from mtbert.evaluation.metrics import TaskScores, class_names
 from mtbert.evaluation.plots import write_plots
 from mtbert.evaluation.plots.curves import loss_unit
@@ -58,7 +59,8 @@ def write_report(
         _header(run),
         _results(run, outcome, resamples),
         _evaluations(run, chosen),
-        _figures(plots, folder, ("metrics", "losses")),
+        image_links(plots, folder, ("metrics", "losses")),
+        *method_sections(run.history, chosen, plots, folder),
         *(
             _task(task, outcome, predictions, plots, folder, examples, worst)
             for task in outcome.tasks.values()
@@ -77,7 +79,7 @@ def run_results(
     best = run.history.best_evaluation() or {}
     train = {name: TaskScores.from_json(values) for name, values in (best.get("train") or {}).items()}
     base = run_baselines(run, tasks)
-    return results(tasks, predictions, baselines=base, train=train, resamples=resamples)
+    return results(tasks, predictions, baselines=base, train=train, resamples=resamples, halved=run.halved)
 
 
 def _header(run: Run) -> str:
@@ -124,6 +126,11 @@ def _results(run: Run, outcome: Results, resamples: int) -> str:
         "`chance` guesses at random; `majority` always answers the training table's commonest class "
         "(for similarity its mean score).",
     ]
+    if outcome.whole:
+        notes.append(
+            "The half of each dev set that chose the checkpoint took no part in the scores and their intervals. "
+            "`all of dev` counts it, and is optimistic."
+        )
     best = run.history.best_evaluation()
     if best is not None:
         epoch = f", epoch {epoch_text(best['epoch'])}" if "epoch" in best else ""
@@ -154,16 +161,9 @@ def _evaluations(run: Run, tasks: Mapping[str, Task]) -> str:
     headers, rows = evaluation_rows(run.history, tasks)
     units = sorted({loss_unit(task) for task in tasks.values()})
     note = f"Scores are train / dev; `overall` and `mean` are of dev. Losses: {', '.join(units)}."
+    if run.halved:
+        note = f"Here dev is the {SELECTION_HALF}, which chooses the checkpoint. {note}"
     return f"## After every evaluation\n\n{markdown_table(list(map(escape, headers)), rows)}\n\n{note}"
-
-
-def _figures(plots: Mapping[str, Path], folder: Path, names: Sequence[str]) -> str:
-    """Image links relative to the report, so that the folder can be moved."""
-    return "\n\n".join(
-        f"![{name}]({Path(os.path.relpath(plots[name], folder)).as_posix()})"
-        for name in names
-        if name in plots
-    )
 
 
 def _task(
@@ -186,7 +186,7 @@ def _task(
         rows = [[escape(str(row[0])), *row[1:]] for row in rows]
         parts.append(f"Accuracy {scores.accuracy:.3f}, macro F1 {scores.macro_f1:.3f}.")
         parts.append(markdown_table(headers, rows))
-    parts.append(_figures(plots, folder, (f"confusion-{task.name}", f"similarity-{task.name}")))
+    parts.append(image_links(plots, folder, (f"confusion-{task.name}", f"similarity-{task.name}")))
     if examples is not None and task.name in examples:
         parts.append(_worst(task, predictions[task.name], examples[task.name], worst))
     return "\n\n".join(filter(None, parts))
@@ -255,7 +255,7 @@ def _data(run: Run, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder
             shown.append(f"- and {more:,} more" + ("" if listing else f" (run.json lists {len(problems):,})"))
         where = f" (all of them are in [{PROBLEMS_FILE}]({PROBLEMS_FILE}))" if listing else ""
         parts.append(f"Rows that could not be used{where}:\n\n" + "\n".join(shown))
-    return "\n\n".join(filter(None, [*parts, _figures(plots, folder, ("labels",))]))
+    return "\n\n".join(filter(None, [*parts, image_links(plots, folder, ("labels",))]))
 
 
 def _count(value: Any) -> int | None:
@@ -295,5 +295,5 @@ def _training(run: Run, plots: Mapping[str, Path], folder: Path) -> str:
             for time in times
         ]
         parts.append(markdown_table(headers, rows, digits=1))
-    parts.append(_figures(plots, folder, ("speed", "optimiser")))
+    parts.append(image_links(plots, folder, ("speed", "optimiser")))
     return "\n\n".join(filter(None, parts)) if len(list(filter(None, parts))) > 1 else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtbert.evaluation.baselines import Baselines
 from mtbert.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, intervals
+from mtbert.evaluation.halves import REPORT_HALF, reported
 from mtbert.evaluation.metrics import TaskScores, headline_name, mean, overall, score
 from mtbert.evaluation.predictions import Predictions
 from mtbert.evaluation.table import Cell, table
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Results:
     """Scores of one run on one split, with what they are to be read against.
 
-    `intervals` has a key for every task and, when sst, para and sts are all there, `overall` and `mean`.
+    `intervals` has a key for every task and, when sst, para and sts are all there, `overall` and `mean`. `whole` is
+    the same of all of dev where scores and intervals are of its report half, else empty.
     """
 
     tasks: Mapping[str, Task]
@@ -29,6 +31,7 @@ class Results:
     baselines: Mapping[str, Baselines]
     train: Mapping[str, TaskScores]
     split: str = "dev"
+    whole: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
     def overall(self) -> float | None:
@@ -49,23 +52,32 @@ def results(
     train: Mapping[str, TaskScores] | None = None,
     split: str = "dev",
     resamples: int = RESAMPLES,
+    halved: bool = False,
 ) -> Results:
-    """Score labelled predictions by task and bootstrap their intervals."""
+    """Score labelled predictions by task and bootstrap their intervals.
+
+    `halved`: the other half of these examples chose the checkpoint, so that scores are those of the report half.
+    """
     labelled = {name: entry for name, entry in predictions.items() if entry.labels is not None}
+    chosen = {name: tasks[name] for name in labelled}
+    whole = intervals(chosen, labelled, resamples=resamples) if halved else {}
+    labelled = reported(labelled, halved)
     scores = {
         name: score(tasks[name], entry.labels, entry.outputs)
         for name, entry in labelled.items()
         if entry.labels is not None
     }
-    chosen = {name: tasks[name] for name in labelled}
     ends = intervals(chosen, labelled, resamples=resamples)
-    return Results(chosen, scores, ends, baselines or {}, train or {}, split)
+    return Results(
+        chosen, scores, ends, baselines or {}, train or {}, REPORT_HALF if halved else split, whole
+    )
 
 
 def result_rows(results: Results) -> tuple[list[str], list[list[Cell]]]:
     """Headers and rows of the table of results, for the terminal and for Markdown."""
     interval = f"{LEVEL:.0%} interval"
-    headers = ["task", "metric", results.split, interval, "train", "chance", "majority", "examples"]
+    whole = ["all of dev (optimistic)"] if results.whole else []
+    headers = ["task", "metric", results.split, interval, *whole, "train", "chance", "majority", "examples"]
     rows: list[list[Cell]] = []
     for name, task in results.tasks.items():
         base, train = results.baselines.get(name), results.train.get(name)
@@ -75,6 +87,7 @@ def result_rows(results: Results) -> tuple[list[str], list[list[Cell]]]:
                 headline_name(task),
                 results.scores[name].headline,
                 interval_text(results.intervals[name]),
+                *_whole(results, name),
                 train.headline if train else None,
                 base.chance if base else None,
                 base.majority if base else None,
@@ -86,8 +99,13 @@ def result_rows(results: Results) -> tuple[list[str], list[list[Cell]]]:
     for name, value in joint.items():
         if value is not None:
             ends = interval_text(results.intervals[name])
-            rows.append([name, "", value, ends, trained[name], None, None, None])
+            rows.append([name, "", value, ends, *_whole(results, name), trained[name], None, None, None])
     return headers, rows
+
+
+def _whole(results: Results, name: str) -> list[Cell]:
+    """The cell of all of dev, where there is such a column."""
+    return [results.whole[name].value] if results.whole else []
 
 
 def interval_text(interval: Interval) -> str:

@@ -52,6 +52,12 @@ class Run:
         return [str(name) for name in self.info.get("tasks", [])]
 
     @property
+    def halved(self) -> bool:
+        """Whether one half of dev chose the checkpoint, so that the result is of the other half."""
+        evaluation = self.config().get("evaluation")
+        return isinstance(evaluation, dict) and evaluation.get("selection") == "half"
+
+    @property
     def features_cached(self) -> bool:
         """Whether the encoder was frozen and read every table once, so that training read its features."""
         return self.info.get("mode") == "last-linear-layer"

@@ -20,15 +20,15 @@ class LossConfig:
     """The loss of one task."""
 
     weight: float = 1.0
-    """Weight of the task's mean loss in the sum over tasks."""
+    """Weight of the task's mean loss in the sum over tasks; with 0 it is evaluated, and trained by objectives alone."""
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     """Weight of an example by its class: none, balanced (count / (classes * count of the class)) or a list."""
     label_smoothing: float = 0.0
     """Share of the probability spread evenly over the classes (cross-entropy and binary cross-entropy)."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0 or not np.isfinite(self.weight):
-            raise ConfigError(f"loss.weight: expected a number above 0, found {self.weight}")
+        if not (self.weight >= 0 and np.isfinite(self.weight)):
+            raise ConfigError(f"loss.weight: expected a number of at least 0, found {self.weight}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError(
                 f"loss.label_smoothing: expected at least 0 and below 1, found {self.label_smoothing}"

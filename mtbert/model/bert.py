@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mtbert import kernels
+from mtbert.kernels.segments import Segments
+from mtbert.model.context import ForwardContext, PackedTokens
 from mtbert.model.dropout import EMBEDDING, DropoutRates, DropoutStream, Place, layer_site
+from mtbert.model.extra_hidden import ExtraHidden
 from mtbert.model.lora import LoraAdapter, LoraConfig
+from mtbert.model.pals import Pals
+from mtbert.model.projections import Projection, QueryKeyValue
 
 
 @dataclass(frozen=True)
@@ -40,34 +45,6 @@ class BertConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-class PackedTokens(Protocol):
-    """What the encoder reads of a packed batch; tensors are int32 and on the encoder's device."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """[T] vocabulary ids."""
-
-    @property
-    def token_type_ids(self) -> Tensor:
-        """[T] 0 in the first text of a row, 1 in the second."""
-
-    @property
-    def position_ids(self) -> Tensor:
-        """[T] place of the token in its row, below max_position_embeddings."""
-
-    @property
-    def dropout_row(self) -> Tensor:
-        """[T] row id * 4096 + position."""
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """[N + 1] row n is tokens cu_seqlens[n] : cu_seqlens[n + 1]."""
-
-    @property
-    def max_seqlen(self) -> int:
-        """At least the length of the longest row."""
-
-
 class Embeddings(nn.Module):
     """LayerNorm(word + position + token type), then dropout."""
 
@@ -78,10 +55,9 @@ class Embeddings(nn.Module):
         self.token_type = nn.Parameter(torch.empty(config.type_vocab_size, config.hidden_size))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self, batch: PackedTokens, *, dtype: torch.dtype, p: float, dropout: DropoutStream | None
-    ) -> Tensor:
-        """Hidden states [T, C] in `dtype`."""
+    def forward(self, context: ForwardContext, p: float) -> Tensor:
+        """Hidden states [T, C]; `p` is the dropout probability."""
+        batch = context.batch
         return kernels.embedding(
             batch.input_ids,
             batch.token_type_ids,
@@ -90,77 +66,11 @@ class Embeddings(nn.Module):
             self.norm.weight,
             self.norm.bias,
             eps=self.norm.eps,
-            dtype=dtype,
+            dtype=context.dtype,
             dropout_row=batch.dropout_row,
-            dropout=dropout.at(p, EMBEDDING) if dropout else None,
+            dropout=context.mask(p, EMBEDDING),
+            segments=context.segments,
         )
-
-
-class Projection(nn.Module):
-    """A linear layer that may carry a LoRA adapter. Its bias is added by the operation that follows."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-        self.adapter: LoraAdapter | None = None
-
-    def forward(self, x: Tensor, dropout_row: Tensor, dropout: DropoutStream | None, site: int) -> Tensor:
-        """[T, inputs] -> [T, outputs], without the bias. `site` is that of the adapter's dropout."""
-        adapter = self.adapter
-        if adapter is None or adapter.merged:
-            return kernels.linear(x, self.weight, None)
-        return kernels.lora_linear(
-            x,
-            self.weight,
-            None,
-            adapter.lora_a,
-            adapter.lora_b,
-            scale=adapter.scale,
-            dropout_row=dropout_row,
-            dropout=dropout.at(adapter.dropout, site) if dropout else None,
-        )
-
-
-class QueryKeyValue(nn.Module):
-    """The three projections before attention as one linear layer; each third may carry a LoRA adapter."""
-
-    PARTS = ("query", "key", "value")
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(3 * config.hidden_size, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(3 * config.hidden_size))
-        self.adapters = nn.ModuleDict()
-
-    def forward(self, x: Tensor, dropout_row: Tensor, dropout: DropoutStream | None, site: int) -> Tensor:
-        """[T, C] -> [T, 3C]: query, key, value."""
-        adapters = [self.adapter(part) for part in self.PARTS]
-        active = [adapter for adapter in adapters if adapter is not None and not adapter.merged]
-        if not active:
-            return kernels.linear(x, self.weight, self.bias)
-        query, key, value = ((a.lora_a, a.lora_b) if a is not None else None for a in adapters)
-        return kernels.lora_qkv(
-            x,
-            self.weight,
-            self.bias,
-            (query, key, value),
-            scale=active[0].scale,
-            dropout_row=dropout_row,
-            dropout=dropout.at(active[0].dropout, site) if dropout else None,
-        )
-
-    def adapter(self, part: str) -> LoraAdapter | None:
-        """The adapter of `query`, `key` or `value`, if it has one."""
-        if part not in self.adapters:
-            return None
-        adapter = self.adapters[part]
-        assert isinstance(adapter, LoraAdapter)
-        return adapter
-
-    def part(self, tensor: Tensor, part: str) -> Tensor:
-        """The rows of the fused weight or bias that belong to `query`, `key` or `value` (a view)."""
-        return tensor.chunk(3)[self.PARTS.index(part)]
 
 
 class BertLayer(nn.Module):
@@ -171,7 +81,8 @@ class BertLayer(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.number = number
         self.heads, self.head_size = config.num_attention_heads, config.head_size
-        self.query_key_value = QueryKeyValue(config)
+        self.query_key_value = QueryKeyValue(width)
+        self.extra_hidden: ExtraHidden | None = None
         self.attention_output = Projection(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.intermediate = Projection(width, inner)
@@ -179,61 +90,70 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden: Tensor, batch: PackedTokens, rates: DropoutRates, dropout: DropoutStream | None
+        self, hidden: Tensor, context: ForwardContext, rates: DropoutRates, beside: Tensor | None = None
     ) -> Tensor:
-        """[T, C] -> [T, C]."""
-        rows = batch.dropout_row
+        """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum."""
+        batch, segments = context.batch, context.segments
 
         def site(place: Place) -> int:
             return layer_site(self.number, place)
 
-        qkv = self.query_key_value(hidden, rows, dropout, site(Place.LORA_QKV))
-        context = kernels.attention(
+        qkv = self.query_key_value(hidden, context, site(Place.LORA_QKV))
+        attended = kernels.attention(
             qkv.view(-1, 3, self.heads, self.head_size),
             batch.cu_seqlens,
             batch.max_seqlen,
             scale=self.head_size**-0.5,
-            dropout_row=rows,
-            dropout=dropout.at(rates.attention, site(Place.ATTENTION)) if dropout else None,
-        ).flatten(1)
-        attended = self.attention_output(context, rows, dropout, site(Place.LORA_ATTENTION_OUTPUT))
+            dropout_row=batch.dropout_row,
+            dropout=context.mask(rates.attention, site(Place.ATTENTION)),
+        )
+        if self.extra_hidden is not None:
+            attended = self.extra_hidden(attended, context)
         hidden = kernels.add_layer_norm(
-            attended,
+            self.attention_output(attended.flatten(1), context, site(Place.LORA_ATTENTION_OUTPUT)),
             hidden,
             self.attention_norm.weight,
             self.attention_norm.bias,
             linear_bias=self.attention_output.bias,
             eps=self.attention_norm.eps,
-            dropout_row=rows,
-            dropout=dropout.at(rates.hidden, site(Place.ATTENTION_OUTPUT)) if dropout else None,
+            dropout_row=batch.dropout_row,
+            dropout=context.mask(rates.hidden, site(Place.ATTENTION_OUTPUT)),
+            segments=segments,
         )
-        inner = self.intermediate(hidden, rows, dropout, site(Place.LORA_INTERMEDIATE))
-        inner = kernels.bias_gelu(inner, self.intermediate.bias)
+        inner = self.intermediate(hidden, context, site(Place.LORA_INTERMEDIATE))
+        inner = kernels.bias_gelu(inner, self.intermediate.bias, segments=segments)
         return kernels.add_layer_norm(
-            self.output(inner, rows, dropout, site(Place.LORA_OUTPUT)),
-            hidden,
+            self.output(inner, context, site(Place.LORA_OUTPUT)),
+            hidden if beside is None else hidden + beside,
             self.output_norm.weight,
             self.output_norm.bias,
             linear_bias=self.output.bias,
             eps=self.output_norm.eps,
-            dropout_row=rows,
-            dropout=dropout.at(rates.hidden, site(Place.OUTPUT)) if dropout else None,
+            dropout_row=batch.dropout_row,
+            dropout=context.mask(rates.hidden, site(Place.OUTPUT)),
+            segments=segments,
         )
 
-    def add_adapter(self, name: str, config: LoraConfig, generator: torch.Generator | None) -> None:
-        """Put a LoRA adapter on projection `name` (one of `mtbert.model.lora.PROJECTIONS`)."""
-        if name in QueryKeyValue.PARTS:
-            weight = self.query_key_value.part(self.query_key_value.weight, name)
-        else:
-            weight = getattr(self, name).weight
+    def add_adapter(
+        self, name: str, config: LoraConfig, generator: torch.Generator | None, task: str | None = None
+    ) -> None:
+        """Put a LoRA adapter on projection `name` (one of `mtbert.model.lora.PROJECTIONS`).
+
+        task: the only one that uses it; None: all do.
+        """
+        fused = self.query_key_value
+        is_part = name in QueryKeyValue.PARTS
+        weight = fused.part(fused.weight, name) if is_part else getattr(self, name).weight
         adapter = LoraAdapter(weight.shape[1], weight.shape[0], config, generator).to(weight)
-        if name in QueryKeyValue.PARTS:
-            self.query_key_value.adapters[name] = adapter
-        else:
+        if is_part:
+            fused.add_adapter(name, adapter, task)
+        elif task is None:
             getattr(self, name).adapter = adapter
+        else:
+            getattr(self, name).task_adapters[task] = adapter
 
     def adapted_weights(self) -> Iterator[tuple[Tensor, LoraAdapter]]:
-        """Every adapter of the layer with (a view of) the weight that it updates."""
+        """Every adapter that all tasks use, with (a view of) the weight that it updates."""
         fused = self.query_key_value
         for part in fused.PARTS:
             adapter = fused.adapter(part)
@@ -263,6 +183,7 @@ class BertEncoder(nn.Module):
         self.embeddings = Embeddings(config)
         layers = nn.ModuleList(BertLayer(config, number) for number in range(config.num_hidden_layers))
         self.layers = cast(Sequence[BertLayer], layers)
+        self.pals: Pals | None = None
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_is_pretrained = False
         self.register_state_dict_pre_hook(_refuse_merged)
@@ -270,22 +191,56 @@ class BertEncoder(nn.Module):
             initialise(parameter, "norm.weight" in name, config.initializer_range, generator)
 
     def forward(
-        self, batch: PackedTokens, *, dtype: torch.dtype, dropout: DropoutStream | None = None
+        self,
+        batch: PackedTokens,
+        *,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None = None,
+        segments: Segments | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [T, C] in `dtype`. Without a dropout stream nothing is dropped."""
-        hidden = self.embeddings(batch, dtype=dtype, p=self.dropouts.embedding, dropout=dropout)
+        """Last hidden states [T, C] in `dtype`. Without a dropout stream nothing is dropped.
+
+        segments: the groups of tokens whose gradients are wanted apart. noise: [T, C], added to the embeddings' output.
+        Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
+        """
+        context = ForwardContext(batch, dtype, dropout, segments)
+        hidden = self.embeddings(context, self.dropouts.embedding)
+        if noise is not None:
+            hidden = hidden + noise.to(hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, batch, self.dropouts, dropout)
+            beside = self.pals(hidden, layer.number, context) if self.pals is not None else None
+            hidden = layer(hidden, context, self.dropouts, beside)
         return hidden
 
-    def pool_first(self, hidden: Tensor) -> Tensor:
-        """BERT's pooler on the hidden states of first tokens: tanh(linear), [N, C] -> [N, C]."""
-        return torch.tanh(kernels.linear(hidden, self.pooler.weight, self.pooler.bias))
+    def pool_first(self, hidden: Tensor, segments: Segments | None = None) -> Tensor:
+        """BERT's pooler on the hidden states of first tokens: tanh(linear), [N, C] -> [N, C].
+
+        segments: as in `forward`, with bounds in rows.
+        """
+        return torch.tanh(kernels.linear(hidden, self.pooler.weight, self.pooler.bias, segments=segments))
 
     @property
     def has_lora(self) -> bool:
         """Whether any weight has a LoRA adapter."""
         return any(isinstance(module, LoraAdapter) for module in self.modules())
+
+    @property
+    def has_task_adapters(self) -> bool:
+        """Whether every task has LoRA adapters of its own."""
+        return any(
+            isinstance(m, Projection | QueryKeyValue) and bool(m.task_adapters) for m in self.modules()
+        )
+
+    @property
+    def additions(self) -> list[str]:
+        """What it has beside BERT and adapters that can be merged, by the names of the configuration."""
+        present = {
+            "model.extra_hidden": any(layer.extra_hidden is not None for layer in self.layers),
+            "model.pals": self.pals is not None,
+            "lora.per_task": self.has_task_adapters,
+        }
+        return [name for name, is_present in present.items() if is_present]
 
     @property
     def is_merged(self) -> bool:

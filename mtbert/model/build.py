@@ -1,24 +1,27 @@
-"""A pretrained encoder with adapters and fresh heads, from its configuration."""
+"""A pretrained encoder with its variants, adapters and fresh heads, from its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from mtbert.errors import ConfigError
+from mtbert.model.bert import BertConfig
 from mtbert.model.dropout import DropoutRates
+from mtbert.model.extra_hidden import ExtraHiddenConfig, add_extra_hidden
 from mtbert.model.heads import HeadConfig, HeadSpec
 from mtbert.model.lora import LoraConfig, add_lora
-from mtbert.model.multitask import MultiTaskModel, build_heads
-from mtbert.model.pretrained import load_encoder
+from mtbert.model.multitask import MODE_ALIASES, MultiTaskModel, build_heads
+from mtbert.model.pals import PalConfig, add_pals
+from mtbert.model.pretrained import load_config, load_encoder
 
 
 @dataclass
 class ModelConfig:
-    """The encoder: where its weights come from, its dropout, its adapters."""
+    """The encoder: where its weights come from, its dropout, its adapters and variants."""
 
     pretrained: str = "minilm"
     """minilm (bundled, extra `offline`), a folder in the Hugging Face layout, or a hub id (bert-base-uncased)."""
@@ -26,6 +29,14 @@ class ModelConfig:
     """Dropout of the encoder."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters of mode lora."""
+    attention_heads: int | None = None
+    """Attention heads over the same weights, a divisor of the encoder's width; by default as pretrained."""
+    pool_layer: int | None = None
+    """The layer, from 1, whose output the heads read; by default the last. Those above are left out of the model."""
+    extra_hidden: ExtraHiddenConfig = field(default_factory=ExtraHiddenConfig)
+    """Hidden layers behind every attention head."""
+    pals: PalConfig = field(default_factory=PalConfig)
+    """Projected attention layers, one set for each task."""
 
 
 def build_model(
@@ -38,21 +49,60 @@ def build_model(
     max_lengths: Mapping[str, int],
     seed: int,
 ) -> MultiTaskModel:
-    """The model in `mode`; heads and adapters are drawn from `seed`. Float32 parameters on the CPU.
+    """The model in `mode`; heads, variants and adapters are drawn from `seed`. Float32 parameters on the CPU.
 
     max_lengths: the longest row of each task, in tokens; a ConfigError when the encoder has fewer positions.
     """
     generator = torch.Generator().manual_seed(seed)
-    encoder = load_encoder(folder, dropouts=config.dropout, generator=generator)
-    positions = encoder.config.max_position_embeddings
+    sizes = sizes_of(load_config(folder), config)
+    positions = sizes.max_position_embeddings
     for name, length in max_lengths.items():
         if length > positions:
             raise ConfigError(
                 f"{name}.max_length: found {length}, but the encoder {config.pretrained} has {positions} positions"
             )
-    built = build_heads(specs, heads, encoder.config.hidden_size, generator)
+    if MODE_ALIASES.get(mode, mode) == "last-linear-layer":
+        _check_frozen(config)
+    encoder = load_encoder(folder, config=sizes, dropouts=config.dropout, generator=generator)
+    built = build_heads(specs, heads, sizes.hidden_size, generator)
+    tasks = [spec.name for spec in specs]
+    if config.extra_hidden.depth:
+        add_extra_hidden(encoder, config.extra_hidden, generator)
+    if config.pals.size:
+        add_pals(encoder, config.pals, tasks, generator)
     if mode == "lora":
-        add_lora(encoder, config.lora, generator)
+        add_lora(encoder, config.lora, generator, tasks=tasks)
     model = MultiTaskModel(encoder, built)
     model.set_mode(mode)
     return model
+
+
+def sizes_of(pretrained: BertConfig, config: ModelConfig) -> BertConfig:
+    """The sizes of the encoder that is built from a pretrained one. Raises ConfigError for impossible ones."""
+    width, layers = pretrained.hidden_size, pretrained.num_hidden_layers
+    heads = pretrained.num_attention_heads if config.attention_heads is None else config.attention_heads
+    if heads < 1 or width % heads:
+        divisors = ", ".join(str(number) for number in range(1, width + 1) if width % number == 0)
+        raise ConfigError(
+            f"model.attention_heads: {heads} does not divide the width {width} of {config.pretrained}; "
+            f"possible: {divisors}"
+        )
+    last = layers if config.pool_layer is None else config.pool_layer
+    if not 1 <= last <= layers:
+        raise ConfigError(
+            f"model.pool_layer: expected 1 to {layers}, the layers of {config.pretrained}, found {last}"
+        )
+    return replace(pretrained, num_attention_heads=heads, num_hidden_layers=last)
+
+
+def _check_frozen(config: ModelConfig) -> None:
+    """Refuse what would never be trained."""
+    for name, value in (
+        ("extra_hidden.depth", config.extra_hidden.depth),
+        ("pals.size", config.pals.size),
+    ):
+        if value:
+            raise ConfigError(
+                f"model.{name}: found {value}, but mode last-linear-layer trains the heads alone; "
+                "use full, lora or bitfit"
+            )

@@ -21,6 +21,7 @@ FORWARD_PASS = 2**20
 """Sites of one forward pass lie below it; pass number n of a step adds n times this."""
 
 _FIRST_HEAD = 2**19
+_FIRST_MATRIX = _FIRST_HEAD + 2**18
 _PLACES = 16
 _DEPTHS = 64
 
@@ -52,9 +53,23 @@ def layer_site(layer: int, place: Place) -> int:
 def head_site(head_index: int, depth: int) -> int:
     """Site before linear layer `depth` of head `head_index` (both from 0; towers come before hidden
     layers)."""
-    if not 0 <= depth < _DEPTHS or not 0 <= head_index < (FORWARD_PASS - _FIRST_HEAD) // _DEPTHS:
+    if not 0 <= depth < _DEPTHS or not 0 <= head_index < (_FIRST_MATRIX - _FIRST_HEAD) // _DEPTHS:
         raise ValueError(f"head {head_index}, depth {depth} has no dropout site")
     return _FIRST_HEAD + _DEPTHS * head_index + depth
+
+
+def mixout_site(matrix: int) -> int:
+    """Site of mixout on weight matrix number `matrix` (from 0): rows and columns of the mask are the matrix's own."""
+    if not 0 <= matrix < FORWARD_PASS - _FIRST_MATRIX:
+        raise ValueError(f"matrix {matrix} has no dropout site")
+    return _FIRST_MATRIX + matrix
+
+
+def activation_site(head_index: int, depth: int) -> int:
+    """Site of a random activation behind linear layer `depth` of a head."""
+    if depth >= _DEPTHS // 2:
+        raise ValueError(f"head {head_index}, depth {depth} has no site of a random activation")
+    return head_site(head_index, _DEPTHS // 2 + depth)
 
 
 @dataclass(frozen=True)

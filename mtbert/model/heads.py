@@ -9,7 +9,6 @@ in the dtype of their parameters, whatever the encoder computes in.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,23 +19,16 @@ from torch import Tensor, nn
 
 from mtbert import kernels
 from mtbert.errors import ConfigError
+from mtbert.model.activations import activation, is_random, random_relu
 from mtbert.model.bert import initialise
-from mtbert.model.dropout import DropoutStream, check_probability, head_site
+from mtbert.model.dropout import DropoutStream, activation_site, check_probability, head_site
+from mtbert.model.pooling import POOLINGS, Pooling
 
-Pooling = Literal["cls", "pooler", "mean"]
 PairFeature = Literal["concat", "difference", "product", "dot", "cosine"]
 
-POOLINGS: tuple[str, ...] = get_args(Pooling)
 PAIR_FEATURES: tuple[str, ...] = get_args(PairFeature)
 CROSS_ENCODER = "cross-encoder"
 MAX_LAYERS = 4
-
-_ACTIVATIONS = (
-    "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu "
-    "sigmoid silu softplus softshrink softsign tanh tanhshrink"
-)
-ACTIVATIONS = tuple(_ACTIVATIONS.split())
-"""The element-wise activations of torch.nn.functional that need no parameter and no random numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,8 @@ class HeadConfig:
     hidden_size: int | None = None
     """Width of the towers and hidden layers; by default the encoder's."""
     activation: str = "gelu"
-    """An element-wise activation of torch, as its function or its module is called (leaky_relu, GELU), or
-    none."""
+    """An element-wise activation of torch, as its function or its module is called (leaky_relu, GELU; rrelu draws
+    its slopes anew in training), or none."""
     dropout: float = 0.1
     """Dropout before every linear layer of the head, unless its input is a single number."""
     pair: Literal["cross-encoder"] | list[PairFeature] = "cross-encoder"
@@ -101,26 +93,6 @@ class HeadSpec:
     """Whether an example is two texts."""
     score_range: tuple[float, float] | None = None
     """Lowest and highest label of a similarity task, else None."""
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name; ConfigError, with the nearest known name, when there is none."""
-    if name == "none":
-        return _identity
-    known = {entry.replace("_", ""): entry for entry in ACTIVATIONS}
-    key = name.lower().replace("_", "")
-    if key not in known:
-        close = difflib.get_close_matches(key, [*known, "none"], n=1)
-        hint = f"; did you mean {known.get(close[0], close[0])!r}?" if close else ";"
-        raise ConfigError(
-            f"head.activation: unknown activation {name!r}{hint} possible: none, {', '.join(ACTIVATIONS)}"
-        )
-    function: Callable[[Tensor], Tensor] = getattr(F, known[key])
-    return function
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 class Head(nn.Module):
@@ -194,14 +166,16 @@ class Head(nn.Module):
         x = rows.to(next((parameter.dtype for parameter in self.parameters()), rows.dtype))
         depth = 0
         for layer in self.towers:
-            x = self.activation(layer(self._drop(x, dropout_row, dropout, depth)))
+            x = layer(self._drop(x, dropout_row, dropout, depth))
+            x = self._activate(x, dropout_row, dropout, depth)
             depth += 1
         if self.features:
             x = self._join(x)
             if dropout_row is not None:
                 dropout_row = dropout_row[::2].contiguous()  # the first text's row
         for layer in self.hidden:
-            x = self.activation(layer(self._drop(x, dropout_row, dropout, depth)))
+            x = layer(self._drop(x, dropout_row, dropout, depth))
+            x = self._activate(x, dropout_row, dropout, depth)
             depth += 1
         if self.output is not None:
             x = self.output(self._drop(x, dropout_row, dropout, depth))
@@ -219,6 +193,16 @@ class Head(nn.Module):
         if dropout_row is None:
             raise ValueError("dropout in a head needs dropout_row")
         return kernels.dropout(x, dropout_row, mask)
+
+    def _activate(
+        self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int
+    ) -> Tensor:
+        if dropout is None or not is_random(self.config.activation):
+            return self.activation(x)
+        draw = dropout.at(0.5, activation_site(self.index, depth))
+        if dropout_row is None or draw is None:
+            raise ValueError("a random activation in training needs dropout_row")
+        return random_relu(x, dropout_row, draw)
 
     def _join(self, x: Tensor) -> Tensor:
         u, v = x.unflatten(0, (-1, 2)).unbind(1)

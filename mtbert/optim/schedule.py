@@ -10,13 +10,16 @@ import torch
 
 from mtbert.errors import ConfigError
 
+_RATIO = 32
+
 
 @dataclass
 class ScheduleConfig:
     """Warm-up, then the shape of the decay."""
 
-    shape: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up: linearly to 0, as a half cosine to 0, or not at all."""
+    shape: Literal["linear", "cosine", "constant", "slanted-triangular"] = "linear"
+    """How the learning rate falls after the warm-up: linearly to 0, as a half cosine to 0, or not at all;
+    slanted-triangular (Howard and Ruder 2018) rises from and falls to 1/32 of the peak."""
     warmup: float = 0.1
     """Linear warm-up: a share of all steps below 1, a number of steps from 1."""
 
@@ -26,8 +29,17 @@ class ScheduleConfig:
 
 
 def factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate at `step` (0-based) of `total_steps`."""
+    """The share of the peak learning rate at `step` (0-based) of `total_steps`.
+
+    slanted-triangular: (1 + 31 p) / 32 with cut = floor(warm-up steps), p = step / cut below cut and
+    1 - (step - cut) / (total_steps - cut) from there on (Howard and Ruder 2018, equation 3, with ratio 32; cut_frac is
+    `warmup`).
+    """
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    if config.shape == "slanted-triangular":
+        cut = min(math.floor(warmup), total_steps)
+        p = step / cut if step < cut else 1.0 - min(1.0, (step - cut) / max(1, total_steps - cut))
+        return (1.0 + p * (_RATIO - 1)) / _RATIO
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.shape == "constant":

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtbert.data.dataset import TaskData
+from mtbert.data.packing import Request, pack
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
 from mtbert.errors import ConfigError
@@ -102,6 +103,68 @@ def test_cross_rows_are_those_of_the_library(tokeniser: Tokeniser, tiny_bert: Pa
             assert types.tolist() == expected.type_ids
 
 
+@given(st.data(), st.integers(3, 20), truncations)
+def test_rows_of_any_texts(make_tokenised, data: st.DataObject, max_length: int, truncate) -> None:
+    examples = lengths_of(data.draw(sizes))
+    texts = [text for example in examples for text in example]
+    width = data.draw(st.integers(1, 4))
+    number = st.integers(0, len(texts) - 1)
+    later = st.integers(-1, len(texts) - 1)
+    chosen = data.draw(
+        st.lists(st.tuples(number, *[later] * (width - 1)), min_size=1, max_size=5).map(np.array)
+    )
+    found = TaskData.of_texts(
+        "t/extra", make_tokenised(examples), chosen, task="t", max_length=max_length, truncate=truncate
+    )
+    assert (found.name, found.task, found.rows_per_example, len(found)) == (
+        "t/extra",
+        "t",
+        width,
+        len(chosen),
+    )
+    expected = [
+        [[CLS, *(kept(texts[n], max_length - 2, truncate) if n >= 0 else []), SEP] for n in row]
+        for row in chosen.tolist()
+    ]
+    assert [[ids.tolist() for ids, _ in found.rows(i)] for i in range(len(found))] == expected
+    assert found.lengths.tolist() == [sum(map(len, rows)) for rows in expected]
+    batch = pack([Request(found, np.arange(len(found)), 0, 1.0)])
+    assert batch.input_ids.tolist() == [token for rows in expected for row in rows for token in row]
+    assert batch.cu_seqlens.diff().tolist() == [len(row) for rows in expected for row in rows]
+    assert (batch.segments[0].stream, batch.segments[0].task) == ("t/extra", "t")
+
+
+def test_examples_of_texts_are_named_after_those_of_the_table(make_tokenised) -> None:
+    table = make_tokenised([[[1], [2]], [[3], [4]]], np.array([0.5, 1.5]))
+    found = TaskData.of_texts("t/x", table, np.array([[3, 0], [1, -1], [2, 2]]), task="t", max_length=9)
+    assert found.ids == ["id1", "id0", "id1"]
+    assert found.table.lines == [3, 2, 3]
+    assert found.table.texts == [("text", "text"), ("text", ""), ("text", "text")]
+    assert found.labels is None
+    named = TaskData.of_texts(
+        "t/x",
+        table,
+        np.array([[0], [1]]),
+        task="t",
+        max_length=9,
+        labels=np.array([7, 8]),
+        ids=["a", "b"],
+    )
+    assert (named.ids, named.labels.tolist()) == (["a", "b"], [7, 8])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("texts", [[[4]], [[0, -2]], [[-1, 0]], [0, 1]])
+def test_texts_that_are_not_there(make_tokenised, texts: list) -> None:
+    with pytest.raises(ValueError, match=r"t/x: expected text numbers \[n, k\] below 4"):
+        TaskData.of_texts("t/x", make_tokenised([[[1], [2]]] * 2), np.array(texts), task="t", max_length=9)
+
+
+def test_a_task_of_its_own_or_of_another_name(make_tokenised) -> None:
+    table = make_tokenised([[[1]]])
+    assert TaskData("sst", table, form="single", max_length=9).task == "sst"
+    assert TaskData("sst/more", table, form="single", max_length=9, task="sst").task == "sst"
+
+
 def test_both_keeps_the_longer_half_of_the_head(make_tokenised) -> None:
     data = TaskData("t", make_tokenised([[list(range(10))]]), form="single", max_length=7, truncate="both")
     assert data.rows(0)[0][0].tolist() == [CLS, 0, 1, 2, 8, 9, SEP]
@@ -111,6 +174,7 @@ def test_both_keeps_the_longer_half_of_the_head(make_tokenised) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"form": "rows"}, "form is 'rows', expected one of single, pair-rows, cross"),
         ({"form": "triple"}, "form is 'triple', expected one of single, pair-rows, cross"),
         ({"truncate": "middle"}, "truncate is 'middle', expected one of head, tail, both"),
         ({"form": "cross"}, r"form 'cross' needs 2 text\(s\) per example, found 1"),

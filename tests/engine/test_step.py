@@ -144,3 +144,14 @@ def test_inference_does_not_depend_on_the_token_budget(tiny_bert: Path, tmp_path
         rtol=1e-6,
         atol=1e-7,
     )
+
+
+def test_a_step_without_anything_to_learn_from_changes_nothing(tiny_bert: Path, tmp_path: Path) -> None:
+    assembly = assemble(tiny_config(tiny_bert, tmp_path))
+    assembly.step.losses["sts"].weight = 0.0
+    before = copy.deepcopy(assembly.model.state_dict())
+    result = assembly.step({"sts": assembly.batches["sts"].batch(0)}, 0)
+    result.check()
+    assert float(result.total) == 0.0
+    assert float(result.losses["sts"]) > 0
+    assert all(torch.equal(value, before[name]) for name, value in assembly.model.state_dict().items())

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
+from support.figures import SOURCE, check
 
 from mtbert.errors import UserError
 from mtbert.evaluation.bootstrap import Difference
@@ -27,7 +24,6 @@ from mtbert.evaluation.predictions import Predictions
 from mtbert.evaluation.run import read_run, run_baselines
 from mtbert.tasks.registry import TASKS
 
-SOURCE = Source("a_run $with$ signs", "0123456789ab-dirty")
 FOUR = {name: TASKS[name] for name in ("sst", "para", "sts", "cfimdb")}
 
 
@@ -36,42 +32,6 @@ def predictions_for(name: str, count: int = 600) -> Predictions:
     labels = generator.uniform(0, 5, count) if name == "sts" else generator.integers(0, task.classes, count)
     outputs = generator.normal(size=(count, task.outputs))
     return Predictions(name, "dev", tuple(map(str, range(count))), labels, outputs)
-
-
-def texts_of(figure: Figure) -> list[Text]:
-    """The visible texts. Tick labels outside their axis' range are not drawn and do not count."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    hidden = set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
-                if not low <= tick.get_loc() <= high:
-                    hidden |= {id(tick.label1), id(tick.label2)}
-    return [text for text in drawn if id(text) not in hidden]
-
-
-def check(figure: Figure, source: Source = SOURCE) -> None:
-    texts = texts_of(figure)
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
-    for (first, a), (second, b) in combinations(boxes, 2):
-        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
-        high = min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(wide, high) <= 1.0, f"{first!r} lies on {second!r}"
-    width, height = canvas.get_width_height()
-    for text, box in boxes:
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
-        assert inside, f"{text!r} is cut off at {box}"
-    footer = [text for text, _ in boxes if source.git in text]
-    assert footer
-    for axes in figure.axes:
-        if axes.get_label() != "<colorbar>":
-            assert axes.get_xlabel()
-            assert axes.get_title() or axes.get_title(loc="left")
 
 
 @pytest.fixture

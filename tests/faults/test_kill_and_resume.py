@@ -24,6 +24,28 @@ MODES = {
     "lora": ["--mode=lora", "--model.lora.dropout=0.1"],
     "frozen encoder": ["--mode=last-linear-layer"],
     "bfloat16": ["--precision=bf16"],
+    "surgery and regularisers": [
+        "--surgery.method=gradvac",
+        "--mixout.p=0.2",
+        "--optim.pretrained_decay=0.01",
+        "--optim.layer_decay=0.9",
+        "--sst.sampling=class-balanced",
+    ],
+    "objectives": [
+        "--simcse.tasks=[sst]",
+        "--mnrl.tasks=[para]",
+        "--smart.tasks=[sts]",
+        "--bregman.tasks=[sst]",
+        "--surgery.method=pcgrad",
+    ],
+    "schedules": [
+        "--curriculum.mixing=annealed",
+        "--unfreezing.gradual=true",
+        "--unfreezing.epochs_per_layer=0.5",
+        "--schedule.shape=slanted-triangular",
+        "--surgery.method=uncertainty",
+    ],
+    "dynamic": ["--curriculum.mixing=dynamic"],
 }
 
 

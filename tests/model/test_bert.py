@@ -11,6 +11,7 @@ from support.tiny_bert import write_tiny_bert
 from torch import Tensor
 
 from mtbert.model import BertConfig, BertEncoder, DropoutStream, LoraConfig, add_lora, load_encoder, resolve
+from mtbert.model.context import ForwardContext
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -155,6 +156,7 @@ def test_frozen_layers_below_the_first_adapter_record_no_graph(tiny_bert: Path):
     encoder = load_encoder(tiny_bert)
     add_lora(encoder, LoraConfig(layers=[1], dropout=0.0))
     batch = random_batch({"any": [5, 9, 3]}, 100)
-    hidden = encoder.embeddings(batch, dtype=torch.float32, p=0.0, dropout=None)
-    assert not encoder.layers[0](hidden, batch, encoder.dropouts, None).requires_grad
-    assert encoder.layers[1](hidden, batch, encoder.dropouts, None).requires_grad
+    context = ForwardContext(batch, torch.float32)
+    hidden = encoder.embeddings(context, 0.0)
+    assert not encoder.layers[0](hidden, context, encoder.dropouts).requires_grad
+    assert encoder.layers[1](hidden, context, encoder.dropouts).requires_grad

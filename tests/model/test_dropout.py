@@ -12,6 +12,7 @@ from mtbert.model.dropout import (
     DropoutRates,
     DropoutStream,
     Place,
+    activation_site,
     head_site,
     layer_site,
 )
@@ -21,6 +22,7 @@ def test_every_place_has_its_own_site():
     sites = [EMBEDDING]
     sites += [layer_site(layer, place) for layer in range(48) for place in Place]
     sites += [head_site(head, depth) for head in range(32) for depth in range(16)]
+    sites += [activation_site(head, depth) for head in range(32) for depth in range(16)]
     assert len(set(sites)) == len(sites)
     assert min(sites) >= 0
     assert max(sites) < FORWARD_PASS
@@ -28,10 +30,15 @@ def test_every_place_has_its_own_site():
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: layer_site(2**16, Place.OUTPUT), lambda: head_site(0, 64), lambda: layer_site(-1, Place.OUTPUT)],
+    [
+        lambda: layer_site(2**16, Place.OUTPUT),
+        lambda: head_site(0, 64),
+        lambda: layer_site(-1, Place.OUTPUT),
+        lambda: activation_site(0, 32),
+    ],
 )
 def test_places_without_a_site_are_refused(call):
-    with pytest.raises(ValueError, match="no dropout site"):
+    with pytest.raises(ValueError, match=r"has no (dropout )?site"):
         call()
 
 

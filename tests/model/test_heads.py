@@ -10,8 +10,8 @@ from torch import Tensor
 from mtbert.errors import ConfigError
 from mtbert.kernels.reference import dropout_mask
 from mtbert.model import DropoutStream, Head, HeadConfig, HeadSpec
-from mtbert.model.dropout import head_site
-from mtbert.model.heads import ACTIVATIONS, activation
+from mtbert.model.activations import ACTIVATIONS, activation
+from mtbert.model.dropout import activation_site, head_site
 
 WIDTH = 6
 SINGLE = HeadSpec("sst", 5, pair=False)
@@ -158,6 +158,50 @@ def test_a_single_number_is_not_dropped():
     tested = head(BINARY, pair=["cosine"], dropout=0.9)
     dropout_row = torch.arange(8, dtype=torch.int32) * 4096
     assert torch.equal(tested(rows(), dropout_row, DropoutStream(0, 0)), tested(rows()))
+
+
+@pytest.mark.parametrize("name", ["rrelu", "RReLU"])
+def test_random_leaky_relu(name: str):
+    tested = head(SINGLE, hidden_layers=2, hidden_size=50, activation=name)
+    stream, x = DropoutStream(seed=9, step=4), rows(400)
+    dropout_row = (torch.arange(400) * 4096).int()
+    # Without dropout the slope is the mean, as in torch.
+    still = F.linear(x, tested.hidden[0].weight, tested.hidden[0].bias)
+    inner = F.linear(F.rrelu(still), tested.hidden[1].weight, tested.hidden[1].bias)
+    expected = F.linear(F.rrelu(inner), tested.output.weight, tested.output.bias)
+    assert torch.allclose(tested(x), expected, rtol=0, atol=1e-12)
+    # In training the slopes are uniform in [1/8, 1/3], and a function of row, column, site and stream.
+    moved = tested._activate(still, dropout_row, stream, 0)
+    assert torch.equal(moved[still >= 0], still[still >= 0])
+    slopes = (moved / still)[still < 0]
+    assert len(slopes) > 5000
+    assert slopes.min().item() == pytest.approx(1 / 8, abs=1e-3)
+    assert slopes.max().item() == pytest.approx(1 / 3, abs=1e-3)
+    assert slopes.mean().item() == pytest.approx((1 / 8 + 1 / 3) / 2, abs=3e-3)
+    assert slopes.std().item() == pytest.approx((1 / 3 - 1 / 8) / 12**0.5, rel=0.03)
+    # They come from the numbers that a dropout mask at that site compares with its threshold.
+    kept = dropout_mask(dropout_row, torch.arange(50), stream.at(0.25, activation_site(0, 0)))
+    boundary = 1 / 8 + (1 / 3 - 1 / 8) / 4
+    assert torch.equal((moved / still >= boundary)[still < 0], kept[still < 0])
+    part = tested._activate(still[100:], dropout_row[100:], stream, 0)
+    assert torch.equal(part, moved[100:])
+    for other in (
+        tested._activate(still, dropout_row, stream, 1),
+        tested._activate(still, dropout_row, DropoutStream(seed=9, step=5), 0),
+        tested._activate(still, dropout_row, DropoutStream(seed=9, step=4, forward_pass=1), 0),
+    ):
+        assert not torch.equal(other, moved)
+    assert not torch.equal(tested(x, dropout_row, stream), tested(x))
+    with pytest.raises(ValueError, match="needs dropout_row"):
+        tested(x, None, stream)
+
+
+def test_random_leaky_relu_has_the_slope_as_its_derivative():
+    tested = head(SINGLE, hidden_layers=1, activation="rrelu")
+    x = rows().requires_grad_()
+    y = tested._activate(x, (torch.arange(8) * 4096).int(), DropoutStream(0, 0), 0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(gradient, torch.where(x >= 0, 1.0, y / x), rtol=0, atol=1e-12)
 
 
 def test_no_rate_no_mask():

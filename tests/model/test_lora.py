@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.naive_bert import naive_hidden
 from support.packed import attention_mask, padded, random_batch
 from torch import Tensor
 
 from mtbert.errors import ConfigError
-from mtbert.model import BertEncoder, LoraConfig, add_lora, load_encoder, merge, unmerge
+from mtbert.model import (
+    BertEncoder,
+    DropoutStream,
+    LoraConfig,
+    add_lora,
+    load_encoder,
+    merge,
+    unmerge,
+)
 from mtbert.model.lora import PROJECTIONS, LoraAdapter, adapted_weights
 from mtbert.model.pretrained import hugging_face_views
 
@@ -143,6 +153,109 @@ def test_adapters_are_added_once(tiny_bert: Path):
     encoder = adapted(tiny_bert)
     with pytest.raises(ValueError, match="already"):
         add_lora(encoder, EVERYWHERE)
+
+
+@pytest.mark.parametrize(("stabilised", "expected"), [(False, 8.0), (True, 16.0)])
+def test_scale(stabilised: bool, expected: float):
+    config = LoraConfig(rank=4, alpha=32.0, rank_stabilised=stabilised)
+    assert config.scale == expected
+    assert LoraAdapter(3, 5, config).scale == expected
+
+
+def test_rank_stabilised_adapters_compute_with_that_scale(tiny_bert: Path):
+    config = replace(EVERYWHERE, rank_stabilised=True)
+    encoder = adapted(tiny_bert, config)
+    expected = naive_hidden(encoder, BATCH).detach()
+    assert distance(hidden_states(encoder), expected) < 1e-10
+    assert distance(hidden_states(adapted(tiny_bert)), expected) > 0.01
+    merge(encoder)
+    assert distance(hidden_states(encoder), expected) < 1e-10
+
+
+# ---- adapters of one task each ----
+
+TASKS = random_batch({"sst": [5, 9], "sst/simcse": [5, 2], "para": [1, 3], "other": [4]}, 100)
+
+
+def adapted_by_task(
+    folder: Path, config: LoraConfig = EVERYWHERE, *, trained: bool = True, dtype: torch.dtype = torch.float64
+) -> BertEncoder:
+    encoder = load_encoder(folder, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    add_lora(encoder, replace(config, per_task=True), generator, tasks=["sst", "para"])
+    if trained:
+        with torch.no_grad():
+            for module in encoder.modules():
+                if isinstance(module, LoraAdapter):
+                    module.lora_b.copy_(torch.randn(module.lora_b.shape, generator=generator) * 0.2)
+    return encoder
+
+
+@pytest.mark.parametrize("projections", [list(PROJECTIONS), ["query", "output"]])
+def test_every_task_has_its_own_adapters(tiny_bert: Path, projections: list[str]):
+    encoder = adapted_by_task(tiny_bert, replace(EVERYWHERE, projections=projections))
+    with torch.no_grad():
+        found = encoder(TASKS, dtype=torch.float64)
+    assert distance(found, naive_hidden(encoder, TASKS).detach()) < 1e-10
+    with torch.no_grad():
+        plain = load_encoder(tiny_bert, dtype=torch.float64)(TASKS, dtype=torch.float64)
+    other = TASKS.segments[-1].tokens
+    assert distance(found[: other.start], plain[: other.start]) > 0.1
+    assert distance(found[other.start :], plain[other.start :]) < 1e-13
+
+
+def test_gradients_of_the_tasks_adapters(tiny_bert: Path):
+    encoder = adapted_by_task(tiny_bert)
+    upstream = torch.randn(TASKS.input_ids.shape[0], 32, dtype=torch.float64)
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 6 * 2
+    found = torch.autograd.grad(encoder(TASKS, dtype=torch.float64), list(trained.values()), upstream)
+    expected = torch.autograd.grad(naive_hidden(encoder, TASKS), list(trained.values()), upstream)
+    for name, ours, theirs in zip(trained, found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10), name
+
+
+def test_dropout_of_the_tasks_adapters_is_that_of_shared_ones(tiny_bert: Path):
+    config = replace(EVERYWHERE, dropout=0.3)
+    batch, stream = random_batch({"sst": [5, 9], "para": [1, 3]}, 100), DropoutStream(3, 5)
+    own, shared = adapted_by_task(tiny_bert, config), adapted(tiny_bert, config)
+    with torch.no_grad():
+        for number, layer in enumerate(own.layers):
+            for name in PROJECTIONS:
+                for task in ("sst", "para"):
+                    if name in ("query", "key", "value"):
+                        target = layer.query_key_value.task_adapters[task][name]
+                        source = shared.layers[number].query_key_value.adapter(name)
+                    else:
+                        target = getattr(layer, name).task_adapters[task]
+                        source = getattr(shared.layers[number], name).adapter
+                    target.load_state_dict(source.state_dict())
+        found = own(batch, dtype=torch.float64, dropout=stream)
+        expected = shared(batch, dtype=torch.float64, dropout=stream)
+    assert distance(found, expected) < 1e-12
+
+
+def test_adapters_of_one_task_start_at_the_pretrained_model(tiny_bert: Path):
+    start = adapted_by_task(tiny_bert, trained=False)
+    with torch.no_grad():
+        plain = load_encoder(tiny_bert, dtype=torch.float64)(TASKS, dtype=torch.float64)
+        assert distance(start(TASKS, dtype=torch.float64), plain) < 1e-13
+
+
+@pytest.mark.parametrize("wrong", [merge, unmerge])
+def test_adapters_of_one_task_cannot_be_merged(tiny_bert: Path, wrong):
+    encoder = adapted_by_task(tiny_bert)
+    with pytest.raises(ValueError, match=r"lora\.per_task: adapters of one task each cannot be merged"):
+        wrong(encoder)
+    assert list(adapted_weights(encoder)) == []
+
+
+def test_adapters_of_one_task_need_tasks(tiny_bert: Path):
+    with pytest.raises(ValueError, match=r"lora\.per_task: no tasks are named"):
+        add_lora(load_encoder(tiny_bert), LoraConfig(per_task=True))
+
+
+# ---- configuration ----
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,72 @@ def test_a_task_twice_in_a_batch_is_refused(tiny_bert: Path):
         model(twice, dtype=F64)
 
 
+# ---- streams ----
+
+STREAMS = {"sst": [4, 1, 9], "sst/simcse": [4, 4], "para": [3, 6, 2, 2], "para/mnrl": [7, 2], "sts": [5, 5]}
+
+
+def test_rows_of_objectives_are_pooled_and_have_no_outputs(tiny_bert: Path):
+    model, batch = make(tiny_bert), batch_of(STREAMS)
+    assert model.poolings == {"sst": "mean", "para": "cls", "sts": "mean"}
+    model.add_stream("sst/simcse", "cls")
+    model.add_stream("para/mnrl", "pooler")
+    with torch.no_grad():
+        features = model.features(batch, dtype=F64)
+        outputs = model.outputs_from_features(features, dropout_rows=model.dropout_rows(batch))
+        states = dict(zip(STREAMS, model.encoder(batch, dtype=F64).split([14, 8, 13, 9, 10]), strict=True))
+        pooled = torch.tanh(model.encoder.pooler(states["para/mnrl"][[0, 7]]))
+        assert list(model(batch, dtype=F64)) == list(outputs)
+    assert set(features) == set(STREAMS)
+    assert set(outputs) == {"sst", "para", "sts"}
+    assert torch.equal(features["sst/simcse"], states["sst/simcse"][[0, 4]])
+    assert torch.allclose(features["para/mnrl"], pooled, rtol=0, atol=1e-13)
+    assert torch.allclose(features["sts"], states["sts"].view(2, 5, -1).mean(1), rtol=0, atol=1e-13)
+
+
+def test_first_tokens_have_their_dropout_rows(tiny_bert: Path):
+    rows = make(tiny_bert).dropout_rows(batch_of(STREAMS))
+    assert {stream: row.tolist() for stream, row in rows.items()} == {
+        "sst": [0, 4096, 8192],
+        "sst/simcse": [3 * 4096, 4 * 4096],
+        "para": [n * 4096 for n in range(5, 9)],
+        "para/mnrl": [9 * 4096, 10 * 4096],
+        "sts": [11 * 4096, 12 * 4096],
+    }
+
+
+def test_a_stream_through_the_pooler_trains_it(tiny_bert: Path):
+    model = make(tiny_bert)
+    model.add_stream("sst/simcse", "cls")
+    assert "encoder.pooler.weight" not in trained(model)
+    model.add_stream("para/simcse", "pooler")
+    assert "encoder.pooler.weight" in trained(model)
+    frozen = make(tiny_bert, mode="last-linear-layer")
+    frozen.add_stream("para/simcse", "pooler")
+    assert "encoder.pooler.weight" not in trained(frozen)
+
+
+def test_impossible_streams(tiny_bert: Path):
+    model = make(tiny_bert)
+    with pytest.raises(ValueError, match="there is a stream 'sst' already"):
+        model.add_stream("sst", "cls")
+    with pytest.raises(ValueError, match="unknown pooling 'max'; possible: cls, pooler, mean"):
+        model.add_stream("sst/x", "max")
+
+
+def test_noise_is_added_to_the_embeddings(tiny_bert: Path):
+    model, batch = make(tiny_bert), batch_of()
+    noise = torch.zeros(batch.input_ids.shape[0], 32, dtype=F64, requires_grad=True)
+    with torch.no_grad():
+        plain = model(batch, dtype=F64)
+    outputs = model(batch, dtype=F64, noise=noise)
+    assert all(torch.equal(outputs[task], plain[task]) for task in plain)
+    sst = batch.segments[0].tokens
+    (gradient,) = torch.autograd.grad(outputs["sst"].square().sum(), noise)
+    assert gradient[: sst.stop].abs().amax(1).min().item() > 0
+    assert gradient[sst.stop :].eq(0).all()
+
+
 # ---- outputs ----
 
 
@@ -212,6 +278,19 @@ def test_full_trains_what_gets_a_gradient(tiny_bert: Path, pooler: bool):
     assert gradients(model) == trained(model)
 
 
+@pytest.mark.parametrize("pooler", [False, True])
+def test_bitfit_trains_the_biases_and_the_heads(tiny_bert: Path, pooler: bool):
+    heads = HEADS | ({"para": replace(PAIR, pooling="pooler")} if pooler else {})
+    model = make(tiny_bert, heads, mode="bitfit")
+    names = {name for name, _ in model.named_parameters()}
+    biases = {name for name in names if name.startswith("encoder.") and name.endswith(".bias")}
+    assert len(biases) == 1 + 2 * 6 + 1
+    if not pooler:
+        biases.remove("encoder.pooler.bias")
+    assert trained(model) == biases | {name for name in names if name.startswith("heads.")}
+    assert gradients(model) == trained(model)
+
+
 def test_modes_can_be_changed(tiny_bert: Path):
     model = make(tiny_bert, mode="last-linear-layer")
     model.set_mode("full")
@@ -227,13 +306,15 @@ def test_the_courses_names(tiny_bert: Path, alias: str, mode: str):
 
 def test_impossible_modes(tiny_bert: Path):
     with pytest.raises(
-        ConfigError, match="mode: unknown mode 'half'; possible: full, last-linear-layer, lora"
+        ConfigError, match="mode: unknown mode 'half'; possible: full, last-linear-layer, lora, bitfit"
     ):
         make(tiny_bert, mode="half")
     with pytest.raises(ConfigError, match="mode: lora does not fit an encoder that has no LoRA adapters"):
         make(tiny_bert, mode="lora")
     with pytest.raises(ConfigError, match="mode: full does not fit an encoder that has LoRA adapters"):
         make(tiny_bert, lora=True, mode="full")
+    with pytest.raises(ConfigError, match="mode: bitfit does not fit an encoder that has LoRA adapters"):
+        make(tiny_bert, lora=True, mode="bitfit")
     with pytest.raises(ConfigError, match="last-linear-layer leaves nothing to train"):
         make(tiny_bert, {"sts": HeadConfig(pair=["cosine"])}, mode="last-linear-layer")
 

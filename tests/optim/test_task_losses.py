@@ -58,7 +58,7 @@ def test_unfit_class_weights_are_refused(task: str, weights: object, message: st
         TaskLoss(get_task(task), LossConfig(class_weights=weights), np.zeros(4, dtype=np.int64))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("values", [{"weight": 0.0}, {"weight": float("inf")}, {"label_smoothing": 1.0}])
+@pytest.mark.parametrize("values", [{"weight": -1.0}, {"weight": float("inf")}, {"label_smoothing": 1.0}])
 def test_impossible_loss_settings_name_their_field(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"loss.{next(iter(values))}"):
         LossConfig(**values)

@@ -16,13 +16,14 @@ from mtbert.engine.build import (
     build_forward,
     load_model,
     prepare_data,
+    task_batches,
     tasks_of,
 )
 from mtbert.engine.forward import Forward
+from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.step import TrainStep
 from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.multitask import MultiTaskModel
-from mtbert.optim.adamw import build_optimizer
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.loading import load_tables
 
@@ -73,18 +74,7 @@ def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: i
     model, tokeniser = load_model(config, machine)
     model.to(dtype)
     data = prepare_data(config, tables, tokeniser)
-    losses = {n: TaskLoss(t, config.task[n].loss, data[n]["train"].labels) for n, t in tasks.items()}
+    losses = task_losses(config, machine, data)
     forward = build_forward(config, model, machine)
-    step = TrainStep(
-        forward,
-        build_optimizer(model, config.optim),
-        losses,
-        {name: splits["train"] for name, splits in data.items()},
-        max_tokens=config.max_tokens,
-        clip_norm=config.optim.clip_norm,
-        seed=config.seed,
-    )
-    batches = {
-        n: TaskBatches(data[n]["train"].lengths, config.task[n].batch_size, config.seed, n) for n in tasks
-    }
-    return Assembly(config, model, data, losses, forward, step, batches)
+    step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    return Assembly(config, model, data, losses, forward, step, task_batches(config, data))

@@ -13,8 +13,9 @@ MAX_POSITIONS = 4096
 
 @dataclass(frozen=True)
 class Part:
-    """A task's rows and tokens in a batch."""
+    """A stream's rows and tokens in a batch."""
 
+    stream: str
     task: str
     rows: range
     tokens: range
@@ -40,15 +41,16 @@ class Packed:
 def random_batch(
     tasks: Mapping[str, Sequence[int]], vocabulary: int, *, seed: int = 0, types: int = 2
 ) -> Packed:
-    """Random tokens in rows of the given lengths, task after task; row n has row id n."""
+    """Random tokens in rows of the given lengths, task after task (or stream, `task/name`); row n has row id n."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [length for rows in tasks.values() for length in rows]
     total = sum(lengths)
     positions = torch.cat([torch.arange(length) for length in lengths])
     row_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     parts, row, token = [], 0, 0
-    for task, rows in tasks.items():
-        parts.append(Part(task, range(row, row + len(rows)), range(token, token + sum(rows))))
+    for stream, rows in tasks.items():
+        task = stream.partition("/")[0]
+        parts.append(Part(stream, task, range(row, row + len(rows)), range(token, token + sum(rows))))
         row, token = row + len(rows), token + sum(rows)
     return Packed(
         input_ids=torch.randint(vocabulary, (total,), generator=generator, dtype=torch.int32),

@@ -72,15 +72,17 @@ def difference_plot(
     names: Sequence[str],
     titles: Mapping[str, str],
     source: Source,
+    split: str = "dev",
 ) -> Figure:
     """Every run's paired difference from the first (`names[0]`) with its interval, one row a metric.
 
-    `differences[i]` belongs to `names[i + 1]`; `titles` gives the rows in their order.
+    `differences[i]` belongs to `names[i + 1]`; `titles` gives the rows in their order, `split` names the
+    examples.
     """
     rows = [key for key in titles if any(key in entry for entry in differences)]
     figure = new_figure(7.2, 1.1 + len(rows) * (0.28 + 0.2 * len(differences)), source)
     panel = figure.add_subplot()
-    tidy(panel, "Differences on dev", f"difference from {names[0]} (95% interval)", "")
+    tidy(panel, f"Differences on {split}", f"difference from {names[0]} (95% interval)", "")
     panel.xaxis.label.set_parse_math(False)
     spread = 0.7 / max(len(differences), 1)
     for place, entry in enumerate(differences):

@@ -39,30 +39,36 @@ _CLASS_COLORS = (GREEN, PURPLE, ORANGE, SKY, BLACK)
 _SMOOTH_FROM = 60  # points in a curve from which a moving mean is drawn over the raw values
 
 
-def loss_curves(history: History, tasks: Mapping[str, Task], source: Source) -> Figure:
-    """Training and dev loss of every task over the steps."""
+def loss_curves(history: History, tasks: Mapping[str, Task], source: Source, *, dev: str = "dev") -> Figure:
+    """Training and dev loss of every task over the steps; `dev` names what the evaluations were on."""
     figure, axes = panels(len(tasks), source)
     for panel, (name, task) in zip(axes, tasks.items(), strict=True):
         tidy(panel, task.title, "step", loss_unit(task))
         trend(panel, *history.losses(name), color=TRAIN, label="train")
         steps, values = history.dev_losses(name)
         if steps:
-            panel.plot(steps, values, color=DEV, marker="o", markersize=4, linewidth=1.6, label="dev")
-        _finish(panel, "no losses recorded")
+            panel.plot(steps, values, color=DEV, marker="o", markersize=4, linewidth=1.6, label=dev)
+        finish(panel, "no losses recorded")
     return figure
 
 
 def metric_curves(
-    history: History, tasks: Mapping[str, Task], baselines: Mapping[str, Baselines], source: Source
+    history: History,
+    tasks: Mapping[str, Task],
+    baselines: Mapping[str, Baselines],
+    source: Source,
+    *,
+    dev: str = "dev",
 ) -> Figure:
     """Two panels a task, on train and dev: the headline metric with the baseline as a dashed line, and under
-    it the second metric: Spearman's correlation, or macro F1 with thin lines for the dev F1 of every class.
+    it the second metric: Spearman's correlation, or macro F1 with thin lines for the dev F1 of every class. `dev`
+    names what the evaluations were on.
     """
     figure, axes = stacked_panels(len(tasks), source)
     for (panel, below), (name, task) in zip(axes, tasks.items(), strict=True):
         metric, second = metric_fields(task)
         tidy(panel, task.title, "step", headline_name(task))
-        _train_and_dev(panel, history, name, metric)
+        _train_and_dev(panel, history, name, metric, dev)
         base = baselines.get(name)
         if base is not None and panel.lines:
             label, value = "majority class", base.majority
@@ -71,25 +77,25 @@ def metric_curves(
             elif value is None:
                 label, value = "random chance", base.chance
             panel.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=label)
-        _finish(panel, "no evaluations recorded")
+        finish(panel, "no evaluations recorded")
         classes = {} if task.kind == "similarity" else history.class_f1("dev", name)
         detailed = 0 < len(classes) <= len(_CLASS_COLORS)
         title = f"{second_name(task)} (thin: dev F1 by class)" if detailed else second_name(task)
         tidy(below, title, "step", "F1" if detailed else second_name(task))
-        _train_and_dev(below, history, name, second)
+        _train_and_dev(below, history, name, second, dev)
         if detailed:
             for (label, (steps, values)), color in zip(classes.items(), _CLASS_COLORS, strict=False):
                 below.plot(steps, values, color=color, marker=".", markersize=4, linewidth=1.0, label=label)
-        _finish(below, "no evaluations recorded", outside=detailed)
+        finish(below, "no evaluations recorded", outside=detailed)
     return figure
 
 
-def _train_and_dev(panel: Axes, history: History, task: str, metric: str) -> None:
-    for split, color, marker in (("train", TRAIN, "s"), ("dev", DEV, "o")):
+def _train_and_dev(panel: Axes, history: History, task: str, metric: str, dev: str) -> None:
+    for split, label, color, marker in (("train", "train", TRAIN, "s"), ("dev", dev, DEV, "o")):
         steps, values = history.scores(split, task, metric)
         if steps:
             panel.plot(
-                steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=split, zorder=3
+                steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=label, zorder=3
             )
 
 
@@ -101,10 +107,10 @@ def optimiser_curves(history: History, source: Source) -> Figure:
     if steps:
         rate.plot(steps, values, color=BLUE, linewidth=1.6)
         rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-    _finish(rate, "no steps recorded")
+    finish(rate, "no steps recorded")
     tidy(norm, "Gradient norm", "step", "norm before clipping")
     trend(norm, *history.column("grad_norm"), color=BLUE, label="")
-    _finish(norm, "no steps recorded")
+    finish(norm, "no steps recorded")
     return figure
 
 
@@ -131,23 +137,26 @@ def speed_plot(history: History, source: Source, *, cached: bool = False) -> Fig
             panel.bar(centres, values, color=color, width=widths)
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         panel.grid(False, axis="x")
-        _finish(panel, "no whole epoch yet", filled=bool(values))
+        finish(panel, "no whole epoch yet", filled=bool(values))
     return figure
 
 
-def trend(panel: Axes, steps: list[float], values: list[float], *, color: str, label: str) -> None:
+def trend(
+    panel: Axes, steps: list[float], values: list[float], *, color: str, label: str, style: str = "-"
+) -> None:
     """A curve; with many points the raw values are pale and their moving mean is drawn over them."""
     if len(values) < _SMOOTH_FROM:
         if values:
             marker = "o" if len(values) == 1 else None
-            panel.plot(steps, values, color=color, linewidth=1.6, marker=marker, label=label)
+            panel.plot(steps, values, color=color, linestyle=style, linewidth=1.6, marker=marker, label=label)
         return
     panel.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
-    panel.plot(steps, smoothed(values, len(values) // 25), color=color, linewidth=1.6, label=label)
+    mean = smoothed(values, len(values) // 25)
+    panel.plot(steps, mean, color=color, linestyle=style, linewidth=1.6, label=label)
 
 
-def _finish(panel: Axes, reason: str, filled: bool | None = None, *, outside: bool = False) -> None:
-    """Whole numbers on the x axis, and a legend (`outside`: under the panel) or why there is nothing to see."""
+def finish(panel: Axes, reason: str, filled: bool | None = None, *, outside: bool = False) -> None:
+    """Whole steps on the x axis, and a legend (`outside`: under the panel) or why there is nothing to see."""
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if filled if filled is not None else bool(panel.lines):
         if outside:

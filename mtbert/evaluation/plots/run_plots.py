@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtbert.evaluation.forgetting import phases
+from mtbert.evaluation.halves import SELECTION_HALF, WHOLE, reported
 from mtbert.evaluation.plots.confusion import confusion_plot
 from mtbert.evaluation.plots.curves import loss_curves, metric_curves, optimiser_curves, speed_plot
 from mtbert.evaluation.plots.labels import label_histograms
+from mtbert.evaluation.plots.method_plots import (
+    embedding_curves,
+    forgetting_plot,
+    gradient_curves,
+    objective_curves,
+)
 from mtbert.evaluation.plots.similarity import similarity_plot
 from mtbert.evaluation.plots.style import Source, save
 from mtbert.evaluation.predictions import predictions_from_outputs
@@ -25,15 +33,26 @@ def write_plots(
 ) -> dict[str, Path]:
     """Write plots/*.png into the run's folder and return their paths by name; what has no data is left out.
 
-    `tasks` are the run's own. Names: `losses`, `metrics`, `optimiser`, `speed`, `labels`, `confusion-TASK`
-    and `similarity-TASK`.
+    `tasks` are the run's own. Names: `losses`, `metrics`, `objectives`, `gradients`, `embedding`, `forgetting`,
+    `optimiser`, `speed`, `labels`, `confusion-TASK` and `similarity-TASK`.
     """
     source = Source(run.name, run.git)
     history, drawn = run.history, {}
+    dev = SELECTION_HALF if run.halved else WHOLE
     if history.steps or history.evaluations:
-        drawn["losses"] = loss_curves(history, tasks, source)
+        drawn["losses"] = loss_curves(history, tasks, source, dev=dev)
     if history.evaluations:
-        drawn["metrics"] = metric_curves(history, tasks, run_baselines(run, tasks), source)
+        drawn["metrics"] = metric_curves(history, tasks, run_baselines(run, tasks), source, dev=dev)
+    if history.objectives():
+        drawn["objectives"] = objective_curves(history, source)
+    if history.gradient_names("cosine") or history.gradient_names("norm"):
+        drawn["gradients"] = gradient_curves(history, source)
+    if history.embedding("uniformity")[0]:
+        drawn["embedding"] = embedding_curves(history, source)
+    finished = phases(history, tasks)
+    if finished:
+        drawn["forgetting"] = forgetting_plot(finished, tasks, source, dev=dev)
+    predictions = reported(predictions, run.halved)
     for name, task in tasks.items():
         scores, entry = results.scores.get(name), predictions.get(name)
         if scores is None or entry is None or entry.labels is None or not scores.examples:

@@ -1,0 +1,234 @@
+"""From the losses of a step's passes to the gradient in `.grad`: summed, or task by task and then combined.
+
+`OnePassGradients` gets the gradients of all tasks from the backward pass that a summed step makes anyway: every
+shared parameter has a companion whose gradient holds one slice a task (see `mtbert.kernels.segments`).
+`PerTaskGradients` makes one backward pass a task and is the slow twin.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtbert.data.packing import PackedBatch, Request, word_ids
+from mtbert.kernels.segments import Segments, companion
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.optim.mixout import Mixout
+from mtbert.optim.surgery import Combined, Surgery, cosines
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """The tasks' gradients over the shared parameters in one step; tensors stay on the device."""
+
+    tasks: tuple[str, ...]
+    gram: Tensor
+    """[K, K] inner products."""
+    combined: Combined
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """Cosine of each pair, norm of each task, and whether task i's gradient was altered along j's (`i/j`)."""
+        pairs = list(combinations(range(len(self.tasks)), 2))
+        cosine, norms = cosines(self.gram).tolist(), self.gram.diagonal().clamp(min=0).sqrt().tolist()
+        altered = self.combined.altered.tolist()
+        name = {
+            (i, j): f"{self.tasks[i]}/{self.tasks[j]}" for i in range(len(norms)) for j in range(len(norms))
+        }
+        return {
+            "cosine": {name[i, j]: cosine[i][j] for i, j in pairs},
+            "conflict": {name[i, j]: float(cosine[i][j] < 0) for i, j in pairs},
+            "norm": dict(zip(self.tasks, norms, strict=True)),
+            "altered": {n: float(altered[i][j]) for (i, j), n in name.items() if i != j},
+        }
+
+
+class StepGradients(ABC):
+    """Collects the gradient of one step, pass by pass."""
+
+    def __init__(self, model: MultiTaskModel, mixout: Mixout | None) -> None:
+        self.model = model
+        self.mixout = mixout
+
+    def segments(self, batch: PackedBatch) -> Segments | None:
+        """Where this batch's task gradients go; None when they are summed."""
+        return None
+
+    @abstractmethod
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the gradients of one pass; losses: 0-d, by task."""
+
+    @abstractmethod
+    def finish(self, step: int) -> GradientReport | None:
+        """Leave the step's gradient in `.grad`."""
+
+    def _scaled(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """The gradient of the weight itself where mixout replaced a part of it."""
+        return gradient if self.mixout is None else self.mixout.scale(parameter, gradient)
+
+
+class SummedGradients(StepGradients):
+    """Plain backward of the sum."""
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """One backward pass."""
+        _backward_sum(losses)
+
+    def finish(self, step: int) -> None:
+        """Nothing to combine."""
+        if self.mixout is not None:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self._scaled(parameter, parameter.grad)
+
+
+class TaskGradients(StepGradients):
+    """What the two ways to task gradients have in common: the Gram matrix and the combination."""
+
+    def __init__(
+        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+    ) -> None:
+        super().__init__(model, mixout)
+        self.surgery = surgery
+        self.tasks = tuple(tasks)
+        self.shared = [p for _, p in model.shared_parameters() if p.requires_grad]
+        shared = set(self.shared)
+        self.rest = [p for p in model.parameters() if p.requires_grad and p not in shared]
+        places = {task: place for place, task in enumerate(self.tasks)}
+        self.owners = {p: places[task] for p, task in model.task_parameters() if task in places}
+
+    def finish(self, step: int) -> GradientReport | None:
+        """Combine the tasks' gradients."""
+        gradients = self._task_gradients()
+        first = next(self.model.parameters())
+        gram = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=first.device)
+        for _, gradient in gradients:
+            flat = gradient.flatten(1)
+            gram += flat @ flat.T
+        if self.surgery.config.variant == "reference":
+            gram += torch.diag(self._own_norms(gram))
+        combined = self.surgery.combine(gram, self.tasks, step)
+        for parameter, gradient in gradients:
+            weights = combined.shared.to(gradient.dtype)
+            self._assign(parameter, torch.tensordot(weights, gradient, 1))
+        for parameter in self.rest:
+            if parameter.grad is not None:
+                parameter.grad = self._scaled(parameter, parameter.grad)
+                if parameter in self.owners and self.surgery.config.variant == "reference":
+                    parameter.grad *= combined.own[self.owners[parameter]].to(parameter.grad.dtype)
+        return GradientReport(self.tasks, gram, combined)
+
+    @abstractmethod
+    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The shared parameters with their gradients [K, *shape]."""
+
+    def _assign(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient
+
+    def _own_norms(self, like: Tensor) -> Tensor:
+        """[K] squared norms of each task's gradient over the parameters that are its own."""
+        squares = like.new_zeros(len(self.tasks))
+        for parameter, owner in self.owners.items():
+            if parameter.grad is not None:
+                squares[owner] += parameter.grad.double().square().sum()
+        return squares
+
+
+class OnePassGradients(TaskGradients):
+    """The gradients of all tasks from one backward pass."""
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        surgery: Surgery,
+        tasks: Sequence[str],
+        mixout: Mixout | None,
+        passes: Sequence[Sequence[Request]],
+    ) -> None:
+        """passes: all that the step will read; the word table's gradient is kept for its words alone."""
+        super().__init__(model, surgery, tasks, mixout)
+        self.words = model.encoder.embeddings.word
+        self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
+        device = self.words.device
+        self.used: Tensor | None = None
+        if self.words in self.companions:
+            used = np.unique(np.concatenate([word_ids(r) for requests in passes for r in requests]))
+            slot_of = np.zeros(self.words.shape[0], dtype=np.int32)
+            slot_of[used] = np.arange(len(used), dtype=np.int32)
+            self.used = torch.from_numpy(used.astype(np.int64)).to(device)
+            self.slot_of = torch.from_numpy(slot_of).to(device)
+            self.companions[self.words] = companion(self.words[: len(used)].detach(), len(self.tasks))
+
+    def segments(self, batch: PackedBatch) -> Segments | None:
+        """The token ranges of the step's tasks in this batch, which holds them in the step's order."""
+        sizes = dict.fromkeys(self.tasks, 0)
+        for segment in batch.segments:
+            sizes[segment.task] += len(segment.tokens)
+        bounds = (0, *np.cumsum(list(sizes.values())).tolist())
+        slots = None if self.used is None else self.slot_of[batch.input_ids.long()]
+        return Segments(bounds, self.companions, slots)
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """One backward pass of the sum; companions take the tasks' parts."""
+        _backward_sum(losses)
+
+    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        found = []
+        for parameter in self.shared:
+            gradient = self.companions[parameter].grad
+            if gradient is not None:
+                found.append((parameter, self._scaled(parameter, gradient)))
+        return found
+
+    def _assign(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if parameter is self.words and self.used is not None:
+            parameter.grad = torch.zeros_like(parameter).index_copy_(0, self.used, gradient)
+        else:
+            parameter.grad = gradient
+
+
+class PerTaskGradients(TaskGradients):
+    """One backward pass a task."""
+
+    def __init__(
+        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+    ) -> None:
+        super().__init__(model, surgery, tasks, mixout)
+        self.sums: list[dict[nn.Parameter, Tensor]] = [{} for _ in self.tasks]
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Backward of every task on its own through the same graph."""
+        for place, task in enumerate(self.tasks):
+            if task not in losses or not losses[task].requires_grad:
+                continue
+            wanted = [*self.shared, *self.rest]
+            found = torch.autograd.grad(losses[task], wanted, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(self.shared, found, strict=False):
+                if gradient is not None:
+                    before = self.sums[place].get(parameter)
+                    self.sums[place][parameter] = gradient if before is None else before + gradient
+            for parameter, gradient in zip(self.rest, found[len(self.shared) :], strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        found = []
+        for parameter in self.shared:
+            parts = [sums.get(parameter) for sums in self.sums]
+            if any(part is not None for part in parts):
+                stacked = torch.stack([torch.zeros_like(parameter) if p is None else p for p in parts])
+                found.append((parameter, self._scaled(parameter, stacked)))
+        return found
+
+
+def _backward_sum(losses: Mapping[str, Tensor]) -> None:
+    trained = [
+        loss for loss in losses.values() if loss.requires_grad
+    ]  # a cosine over a frozen encoder trains nothing
+    if trained:
+        torch.stack(trained).sum().backward()

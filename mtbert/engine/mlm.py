@@ -1,0 +1,181 @@
+"""Masked-language modelling: the loss of hidden tokens, its training step and its evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtbert.curriculum import Plan
+from mtbert.data.dataset import TaskData
+from mtbert.data.masking import HELD_OUT_SITE, MaskedBatch, Masking
+from mtbert.data.packing import Segment, pack, plan_passes
+from mtbert.engine.evaluator import Evaluation
+from mtbert.engine.step import StepResult
+from mtbert.evaluation.metrics import TaskScores
+from mtbert.model.dropout import DropoutStream
+from mtbert.model.mlm_head import MlmModel
+
+NAME = "mlm"
+"""Stands where other runs have the names of tasks."""
+
+
+@dataclass(frozen=True)
+class MlmData:
+    """What is trained on, what is scored, and what is hidden of them."""
+
+    train: TaskData
+    held_out: TaskData
+    masking: Masking
+
+    def fingerprint(self) -> str:
+        """A digest of the training tokens."""
+        digest = hashlib.sha256()
+        for array in (self.train.tokens, self.train.lengths):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class MlmForward:
+    """Losses of hidden tokens."""
+
+    model: MlmModel
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, masked: MaskedBatch, dropout: DropoutStream | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy [M] at the hidden tokens, at least float32, and whether the best guess is right, bool [M]."""
+        masked = masked.to(self.device, non_blocking=True)
+        scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        losses = F.cross_entropy(wide, masked.targets, reduction="none")
+        return losses, scores.detach().argmax(1) == masked.targets
+
+
+class MlmStep:
+    """The training step: its loss is the mean over the hidden tokens of all its passes."""
+
+    def __init__(
+        self,
+        forward: MlmForward,
+        optimizer: torch.optim.Optimizer,
+        data: MlmData,
+        *,
+        max_tokens: int,
+        clip_norm: float,
+        seed: int,
+    ) -> None:
+        self.forward = forward
+        self.optimizer = optimizer
+        self.data = {NAME: data.train}
+        self.masking = data.masking
+        self.max_tokens = max_tokens
+        self.clip_norm = clip_norm
+        self.seed = seed
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
+        """Train on the sentences of `plan`; `step`, from 0, selects the masks."""
+        result = self.accumulate(plan, step)
+        if self.clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, result.grad_norm)
+        self.optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the model and the optimizer."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to find again."""
+
+    def accumulate(self, plan: Plan, step: int) -> StepResult:
+        """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        dropout = DropoutStream(self.seed, step)
+        passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
+        hidden = sum(len(masked.targets) for masked in passes)
+        total = torch.zeros((), device=self.forward.device)
+        examples: list[tuple[Segment, Tensor]] = []
+        for masked in passes:
+            if not len(masked.targets):
+                continue
+            losses, _ = self.forward(masked, dropout)
+            share = losses.sum() / hidden
+            share.backward()
+            total = total + share.detach()
+            examples.append((masked.batch.segments[0], _by_sentence(masked, losses.detach())))
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None], foreach=True
+        )
+        return StepResult(
+            step=step,
+            losses={NAME: total},
+            objectives={},
+            total=total,
+            grad_norm=norm,
+            finite=torch.isfinite(norm) & torch.isfinite(total),
+            tokens=sum(masked.batch.tokens for masked in passes),
+            examples=tuple(examples),
+        )
+
+
+def _by_sentence(masked: MaskedBatch, losses: Tensor) -> Tensor:
+    """The losses [M] of hidden tokens, summed over each row: [N]."""
+    rows = torch.searchsorted(masked.batch.cu_seqlens.long(), masked.places, right=True) - 1
+    return losses.new_zeros(masked.batch.rows).index_add_(0, rows.to(losses.device), losses)
+
+
+@dataclass(frozen=True)
+class MlmEvaluation(Evaluation):
+    """How well hidden tokens of unseen sentences are guessed."""
+
+    @property
+    def score(self) -> float:
+        """Minus the loss: it tells checkpoints apart better than the accuracy does."""
+        return -self.dev_loss[NAME]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the hidden tokens whose likeliest word is right."""
+        return self.dev[NAME].headline
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss of a hidden token."""
+        return math.exp(min(self.dev_loss[NAME], 700.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """The evaluation's part of a line of metrics.jsonl."""
+        return super().to_json() | {"perplexity": self.perplexity, "score": self.score}
+
+
+class MlmEvaluator:
+    """Scores the sentences held out, always with the same tokens hidden."""
+
+    def __init__(self, forward: MlmForward, data: MlmData, *, max_tokens: int) -> None:
+        self.forward = forward
+        order = np.argsort(-data.held_out.lengths, kind="stable")
+        plan, tables = {NAME: order}, {NAME: data.held_out}
+        self.batches = [
+            data.masking(pack(r), 0, HELD_OUT_SITE) for r in plan_passes(plan, tables, max_tokens)
+        ]
+
+    @torch.inference_mode()
+    def evaluate(self) -> MlmEvaluation:
+        """Loss and accuracy over all hidden tokens."""
+        results = [self.forward(masked, None) for masked in self.batches if len(masked.targets)]
+        losses = torch.cat([losses.double().cpu() for losses, _ in results] or [torch.zeros(1)])
+        hits = torch.cat([hits.cpu() for _, hits in results] or [torch.zeros(1)])
+        scores = TaskScores("classification", len(hits), accuracy=float(hits.double().mean()))
+        return MlmEvaluation({}, {NAME: scores}, {}, {NAME: float(losses.mean())})

@@ -1,0 +1,65 @@
+"""How good the sentence embeddings of a model in training are: alignment and uniformity on one task's dev sentences."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mtbert.data.dataset import TaskData, Truncate
+from mtbert.data.packing import plan_passes
+from mtbert.data.tokenisation import TokenisedTable
+from mtbert.engine.forward import Forward
+from mtbert.errors import DataError
+from mtbert.evaluation.embedding_quality import EmbeddingQuality, probe
+from mtbert.model.heads import Pooling
+from mtbert.tasks.registry import Task
+
+
+class SentenceQuality:
+    """Measures when it is called. Its sentences are a stream `{task}/quality` of the model, without a head."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        task: Task,
+        tokenised: TokenisedTable,
+        examples: np.ndarray,
+        *,
+        pooling: Pooling,
+        max_length: int,
+        max_tokens: int,
+        truncate: Truncate = "head",
+    ) -> None:
+        """`tokenised` is the task's labelled dev table, `examples` int64 [n] are those of it to measure on."""
+        if tokenised.table.labels is None:
+            raise DataError(f"{tokenised.table.path}: has no labels")
+        self.forward = forward
+        self.probe = probe(task, tokenised.table.labels, examples)
+        self.data = TaskData.of_texts(
+            f"{task.name}/quality",
+            tokenised,
+            self.probe.texts[:, None],
+            task=task.name,
+            max_length=max_length,
+            truncate=truncate,
+        )
+        self.max_tokens = max_tokens
+        forward.model.add_stream(self.data.name, pooling)
+
+    def __call__(self) -> EmbeddingQuality:
+        """Quality of the embeddings, without dropout."""
+        return self.probe.measure(self.embeddings())
+
+    @torch.inference_mode()
+    def embeddings(self) -> np.ndarray:
+        """Pooled rows [m, C] of the probe's texts, float64."""
+        # Longest first, so that a pass holds rows of like length.
+        order = np.argsort(-self.data.lengths, kind="stable")
+        passes = plan_passes({self.data.name: order}, {self.data.name: self.data}, self.max_tokens)
+        rows = [
+            self.forward(requests, None).rows[self.data.name].double().cpu().numpy() for requests in passes
+        ]
+        found = np.concatenate(rows)
+        embeddings = np.empty_like(found)
+        embeddings[order] = found
+        return embeddings

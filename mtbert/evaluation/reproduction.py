@@ -1,0 +1,162 @@
+"""Our runs beside the papers' figures: reading them, and whether a difference is more than noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtbert.evaluation.bootstrap import RESAMPLES, Interval, intervals
+from mtbert.evaluation.published import PaperRow, Published
+from mtbert.evaluation.run import read_run
+from mtbert.tasks.registry import TASKS
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One finished run: dev scores with bootstrap intervals by task, `overall` and `mean`; what it was trained on."""
+
+    folder: Path
+    scores: Mapping[str, Interval]
+    encoder: str
+    epochs: float
+    epoch_length: str | int
+    train_rows: Mapping[str, int]
+    seconds: float
+    tokens: int
+    synthetic: bool
+    features_cached: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A score over the seeds: mean, deviation (n - 1; None for one seed) and the mean of the bootstrap intervals' ends.
+
+    An interval speaks of the choice of dev examples, which the seeds share: their mean is a slightly wide interval of
+    the mean.
+    """
+
+    mean: float
+    deviation: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """A row and its finished runs, at least one."""
+
+    row: PaperRow
+    seeds: tuple[SeedResult, ...]
+
+    def summary(self, key: str) -> Summary | None:
+        """A task, `overall` or `mean` over the seeds; None where the runs don't have it."""
+        found = [seed.scores[key] for seed in self.seeds if key in seed.scores]
+        if not found:
+            return None
+        values = [entry.value for entry in found]
+        return Summary(
+            statistics.fmean(values),
+            statistics.stdev(values) if len(values) > 1 else None,
+            statistics.fmean(entry.low for entry in found),
+            statistics.fmean(entry.high for entry in found),
+        )
+
+    @property
+    def score(self) -> Summary | None:
+        """The score under the row's formula."""
+        return self.summary(self.row.formula)
+
+    @property
+    def minutes(self) -> float:
+        """Training time of a run, the mean over the seeds."""
+        return statistics.fmean(seed.seconds for seed in self.seeds) / 60
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Useful tokens a second; None where cached features were read, which are no tokens."""
+        if self.seeds[0].features_cached:
+            return None
+        return sum(seed.tokens for seed in self.seeds) / max(sum(s.seconds for s in self.seeds), 1e-9)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Ours minus the published figure, and what is to be made of it."""
+
+    difference: float
+    margin: float
+    within_noise: bool
+    reasons: tuple[str, ...]
+    """Why the two can't be compared; empty where they can."""
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        if self.reasons:
+            return "not comparable: " + "; ".join(self.reasons)
+        if self.within_noise:
+            return "within noise"
+        return "higher" if self.difference > 0 else "lower"
+
+
+def judge(result: RowResult, published: Published) -> Verdict | None:
+    """Compare under the row's formula; None where nothing was published or the run lacks the score.
+
+    The difference is within noise when the published figure lies in our 95% bootstrap interval widened on both sides by
+    the published figure's own uncertainty: one standard error of its dev set and, where we ran several seeds, our
+    deviation over seeds, in quadrature (a published figure is one run).
+    """
+    row, ours = result.row, result.score
+    theirs = row.compared
+    if theirs is None or ours is None:
+        return None
+    columns = {name: found.mean for name in published.dev if (found := result.summary(name))}
+    margin = math.hypot(row.standard_error(published.dev, columns), ours.deviation or 0.0)
+    inside = ours.low - margin <= theirs <= ours.high + margin
+    return Verdict(ours.mean - theirs, margin, inside, _reasons(result, published))
+
+
+def _reasons(result: RowResult, published: Published) -> tuple[str, ...]:
+    reasons = []
+    first = result.seeds[0]
+    if first.synthetic:
+        reasons.append("synthetic data")
+    ours, theirs = first.train_rows.get("para", 0), published.train["para"]
+    # A small table is enough where an epoch is cut to the smallest task.
+    if result.row.quora == "all" and ours < 0.99 * theirs:
+        reasons.append(f"{ours:,} of {theirs:,} Quora pairs")
+    return tuple(reasons)
+
+
+def read_row(row: PaperRow, folders: Sequence[Path], resamples: int = RESAMPLES) -> RowResult | None:
+    """The row's result from the folders of its finished runs; None without any."""
+    seeds = tuple(_read_seed(folder, _age(folder), resamples) for folder in folders)
+    return RowResult(row, seeds) if seeds else None
+
+
+def _age(folder: Path) -> int:
+    return (folder / "run.json").stat().st_mtime_ns
+
+
+@functools.cache
+def _read_seed(folder: Path, age: int, resamples: int) -> SeedResult:
+    """A finished run; kept, because the table is written anew after every run. `age` tells a replaced run apart."""
+    run = read_run(folder)
+    tasks = {name: TASKS[name] for name in run.tasks}
+    last = run.history.epochs[-1] if run.history.epochs else {}
+    return SeedResult(
+        folder=folder,
+        scores=intervals(tasks, run.all_predictions(tasks), resamples=resamples),
+        encoder=str(run.info.get("encoder")),
+        epochs=float(run.config()["epochs"]),
+        epoch_length=run.config()["curriculum"]["epoch_length"],
+        train_rows={name: int(run.data(name, "train").get("rows") or 0) for name in tasks},
+        seconds=float(last.get("seconds") or 0.0),
+        tokens=int(last.get("tokens") or 0),
+        synthetic=bool(run.info.get("synthetic")),
+        features_cached=run.features_cached,
+    )

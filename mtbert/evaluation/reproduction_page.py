@@ -1,0 +1,192 @@
+"""reproduction.md, reproduction.csv and their figure: our runs beside the papers' rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtbert.errors import UserError
+from mtbert.evaluation.files import write_text
+from mtbert.evaluation.forgetting import backward_transfer, phase_rows, phases
+from mtbert.evaluation.history import epoch_text
+from mtbert.evaluation.markdown import escape
+from mtbert.evaluation.plots.reproduction import reproduction_plot
+from mtbert.evaluation.plots.style import Source, save
+from mtbert.evaluation.published import PaperRow, Published
+from mtbert.evaluation.reproduction import RowResult, judge
+from mtbert.evaluation.reproduction_table import (
+    COLUMNS,
+    condition_rows,
+    csv_text,
+    epochs_text,
+    markdown,
+    score_rows,
+)
+from mtbert.evaluation.run import read_run
+from mtbert.evaluation.table import Cell, markdown_table
+from mtbert.evaluation.transfer import transfer
+from mtbert.tasks.registry import TASKS
+
+PAGE, CSV, PLOT = "reproduction.md", "reproduction.csv", Path("plots") / "reproduction.png"
+_PHASES_SHOWN = 9
+
+_HOW = """\
+- Published are the papers' dev figures, with the formula of their score: mean = (SST + paraphrase + STS) / 3, overall =
+  (SST + paraphrase + (STS + 1) / 2) / 3, or one task's own figure. Ours is the best epoch on dev by the same formula,
+  the mean over the seeds ± their deviation (n - 1). A published score marked * fits neither formula; the difference is
+  then from the row's formula of its columns.
+- The interval is a 95% bootstrap over our dev examples (the mean of the seeds' intervals).
+- A difference is within noise when the published figure lies in our interval, widened on both sides by one standard
+  error of the published figure on its own dev set and, where several seeds ran, our deviation over them, in quadrature.
+  A difference that is no noise may come from the encoder, the epochs run or a reading as well as from the method.
+- Rows that go through all of Quora are not comparable without all of its {quora:,} training pairs."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Everything that the page is made of."""
+
+    published: Published
+    rows: Sequence[PaperRow]
+    """The rows that are asked for, in order."""
+    results: Mapping[str, RowResult]
+    """By row; those with at least one finished run."""
+    problems: Mapping[str, str]
+    """By row: why a run of it failed."""
+
+
+def write_reproduction(found: Reproduction, output: Path) -> Path:
+    """Write the page, the table as CSV and the figure into `output`; returns the page's path."""
+    done = [found.results[row.name] for row in found.rows if row.name in found.results]
+    write_text(output / CSV, csv_text(found.rows, found.results, found.problems, found.published))
+    parts = ["# The papers' rows, run again", _intro(found, done)]
+    if any(judge(result, found.published) for result in done):
+        commits = sorted({read_run(result.seeds[0].folder).git for result in done})
+        figure = reproduction_plot(done, found.published, Source("reproduction", ", ".join(commits)))
+        save(figure, output / PLOT)
+        parts.append(f"![published and ours]({PLOT.as_posix()})")
+    for paper, title in found.published.titles.items():
+        parts += _paper(title, [result for result in done if result.row.paper == paper], found.published)
+    parts += [_by_epoch(done), _transfer(found), _forgetting(done), _missing(found)]
+    return write_text(output / PAGE, "\n\n".join(filter(None, parts)) + "\n")
+
+
+def _intro(found: Reproduction, done: Sequence[RowResult]) -> str:
+    lines = [
+        f"{len(done)} of {len(found.rows)} rows have a finished run.",
+        _HOW.format(quora=found.published.train["para"]),
+    ]
+    scaled = [
+        r for r in done if epochs_text(r) != f"{epoch_text(r.row.epochs)} of {epoch_text(r.row.epochs)}"
+    ]
+    if scaled:
+        lines.append(
+            f"> **Shortened.** {len(scaled)} of the rows below ran for fewer epochs than the paper's (column `epochs`)."
+        )
+    contaminated = {str(read_run(r.seeds[0].folder).info.get("contamination") or "") for r in done} - {""}
+    lines += [f"> **Contamination.** {escape(text)}" for text in sorted(contaminated)]
+    if any(result.seeds[0].synthetic for result in done):
+        lines.append("> **Synthetic data.** Runs on the built-in sample say nothing about real text.")
+    return "\n\n".join(lines)
+
+
+def _paper(title: str, done: Sequence[RowResult], published: Published) -> list[str]:
+    rows = [result for result in done if result.row.single_of is None]
+    if not rows:
+        return []
+    return [
+        f"## {escape(title)}",
+        markdown(*score_rows(rows, published)),
+        markdown(*condition_rows(rows, published)),
+    ]
+
+
+# ---- beside the table ----
+
+
+def _by_epoch(done: Sequence[RowResult]) -> str:
+    parts = []
+    for result in done:
+        if not result.row.by_epoch:
+            continue
+        ours = {
+            round(line["epoch"]): line
+            for line in read_run(result.seeds[0].folder).history.evaluations
+            if float(line["epoch"]).is_integer()
+        }
+        names = (*COLUMNS, "overall")
+        rows: list[list[Cell]] = []
+        for place in range(len(result.row.by_epoch["overall"])):
+            line = ours.get(place + 1)
+            theirs = [result.row.by_epoch[name][place] for name in names]
+            rows.append([place + 1, *theirs, *(_dev_score(line, name) for name in names)])
+        headers = ["epoch", *(f"published {n}" for n in names), *(f"our {n}" for n in names)]
+        parts.append(f"### {result.row.name}\n\n{markdown_table(headers, rows)}")
+    return "\n\n".join(["## After every epoch, on dev", *parts]) if parts else ""
+
+
+def _dev_score(line: Mapping[str, object] | None, name: str) -> float | None:
+    if line is None:
+        return None
+    if name == "overall":
+        value = line.get("overall")
+    else:
+        scores = line["dev"][name]  # type: ignore[index]
+        value = scores.get("pearson" if name == "sts" else "accuracy")
+    return None if value is None else float(value)  # type: ignore[arg-type]
+
+
+def _transfer(found: Reproduction) -> str:
+    parts = []
+    by_name = found.published.rows
+    for name in dict.fromkeys(row.single_of for row in by_name.values() if row.single_of):
+        singles = {
+            task: found.results[row.name].seeds[0].folder
+            for row in by_name.values()
+            if row.single_of == name and row.name in found.results
+            for task in [row.formula]
+        }
+        if name in found.results and singles:
+            try:
+                text = transfer(found.results[name].seeds[0].folder, singles, TASKS).to_markdown()
+            except UserError as error:
+                text = escape(str(error))
+            parts.append(f"### {name}\n\n{text}")
+    return "\n\n".join(["## Transfer: multitask minus single-task", *parts]) if parts else ""
+
+
+def _forgetting(done: Sequence[RowResult]) -> str:
+    parts = []
+    for result in done:
+        run = read_run(result.seeds[0].folder)
+        tasks = {name: TASKS[name] for name in run.tasks}
+        all_phases = phases(run.history, tasks)
+        if not all_phases or result.row.same_as:
+            continue
+        text = markdown(*phase_rows(all_phases[-_PHASES_SHOWN:], tasks))
+        change = backward_transfer(all_phases)
+        notes = (
+            [f"The last {_PHASES_SHOWN} of {len(all_phases)} phases."]
+            if len(all_phases) > _PHASES_SHOWN
+            else []
+        )
+        if change is not None:
+            notes.append(f"Mean change since each task's own last phase: {change:+.3f}.")
+        parts.append(f"### {result.row.name}\n\n{text}\n\n{' '.join(notes)}")
+    if not parts:
+        return ""
+    intro = "Dev scores after each phase, with the change since the end of the task's own phase (first seed)."
+    return "\n\n".join(["## Forgetting: after every sequential phase", intro, *parts])
+
+
+def _missing(found: Reproduction) -> str:
+    lines = []
+    for row in found.rows:
+        if row.impossible:
+            lines.append(f"- {escape(row.name)}: not reproducible: {escape(row.impossible)}")
+        elif row.name in found.problems:
+            lines.append(f"- {escape(row.name)}: failed: {escape(found.problems[row.name], 400)}")
+        elif row.name not in found.results:
+            lines.append(f"- {escape(row.name)}: not run yet")
+    return "## Rows without a result, and failures\n\n" + "\n".join(lines) if lines else ""

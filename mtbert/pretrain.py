@@ -1,0 +1,37 @@
+"""`python -m mtbert.pretrain`: masked-language modelling on the tasks' own sentences, and nothing after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mtbert.cli import config_from_file, option_value, parse_train, run_main
+from mtbert.engine.mlm_run import run_mlm
+from mtbert.engine.run_folder import RunFolder
+from mtbert.errors import ConfigError
+
+
+def main(arguments: list[str]) -> None:
+    """Train, or resume, as the command line says; the options are those of `mtbert.train`."""
+    resumed = option_value(arguments, "--resume")
+    if resumed is not None:
+        with RunFolder.open(Path(resumed)) as run:
+            config = config_from_file(run.config_path)
+            run.lock()
+            run_mlm(config, run, resumed=True)
+        return
+    config = parse_train(arguments)
+    if config.pretraining.task is not None:
+        raise ConfigError(
+            "pretraining.task: masked-language modelling alone is done here; mtbert.train trains a task first"
+        )
+    if not config.pretraining.mlm_epochs:
+        config = dataclasses.replace(
+            config, pretraining=dataclasses.replace(config.pretraining, mlm_epochs=1.0)
+        )
+    with RunFolder.create(config.output, name_hint="mlm") as run:
+        run_mlm(config, run)
+
+
+if __name__ == "__main__":
+    run_main(main)
