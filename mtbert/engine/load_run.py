@@ -41,8 +41,8 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
             f" {run.path / f'seed-{config.seed}'}"
         )
     if is_exported(run.path):  # then nothing beyond the run's own folder is needed
-        model = dataclasses.replace(config.model, pretrained=str(run.path / ENCODER_FOLDER))
-        config = dataclasses.replace(config, model=model)
+        exported = dataclasses.replace(config.model, pretrained=str(run.path / ENCODER_FOLDER))
+        config = dataclasses.replace(config, model=exported)
     # The machine of the training need not be this one.
     config = dataclasses.replace(config, device=device or "auto", threads=0)
     machine = prepare_machine(config)

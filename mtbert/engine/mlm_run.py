@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +174,7 @@ def _curriculum(config: TrainConfig, data: MlmData) -> Curriculum:
     )
 
 
-def _describe(config: TrainConfig, run: RunFolder, data: MlmData, before: MlmEvaluation) -> Mapping[str, Any]:
+def _describe(config: TrainConfig, run: RunFolder, data: MlmData, before: MlmEvaluation) -> dict[str, Any]:
     return {
         "name": run.name,
         "encoder": config.model.pretrained,

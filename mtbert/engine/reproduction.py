@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mtbert.engine.durable import replace_file
+from mtbert.engine.folder_lock import FolderLock
 from mtbert.errors import Interrupted, UserError
 
 CONSOLE = "console.txt"
@@ -89,13 +90,17 @@ class Runner:
         running: list[_Running] = []
         try:
             while waiting or running:
-                while waiting and len(running) < self.at_once:
-                    running.append(self._start(waiting.pop(0)))
+                if len(running) < self.at_once:
+                    # A run that somebody else trains, or that is still on its way out, is left for later.
+                    waiting = [job for job in waiting if not job.done]
+                    free = [job for job in waiting if not _in_use(job.folder)][: self.at_once - len(running)]
+                    waiting = [job for job in waiting if job not in free]
+                    running += [self._start(job) for job in free]
                 for entry in [entry for entry in running if entry.process.poll() is not None]:
                     running.remove(entry)
                     self._finish(entry)
                     finished(entry.job, time.monotonic() - entry.started)
-                if running:
+                if running or waiting:
                     time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:
             _stop(running)
@@ -143,6 +148,17 @@ class Runner:
         note["time"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
         with contextlib.suppress(OSError):  # a full disk must not end the other runs
             replace_file(job.folder / FAILURE, (json.dumps(note, indent=2) + "\n").encode())
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process trains into `folder`."""
+    if not folder.is_dir():
+        return False
+    lock = FolderLock(folder)
+    try:
+        return lock.acquire() is not None
+    finally:
+        lock.release()
 
 
 def failure_reason(code: int, output: str) -> str:

@@ -118,7 +118,8 @@ class CostModel:
             splits["train"] if examples == "all" else min(splits["train"], examples * means[name])
             for name, splits in sums.items()
         )
-        return math.ceil(epochs) * (dev + sample) + dev + sum(s.get("test", 0) for s in sums.values())
+        evaluations = math.ceil(epochs) * (len(config.tasks) if config.evaluation.every == "phase" else 1)
+        return evaluations * (dev + sample) + dev + sum(s.get("test", 0) for s in sums.values())
 
 
 def _passes(config: TrainConfig, task: str) -> float:

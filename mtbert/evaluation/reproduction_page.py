@@ -162,7 +162,7 @@ def _forgetting(done: Sequence[RowResult]) -> str:
         run = read_run(result.seeds[0].folder)
         tasks = {name: TASKS[name] for name in run.tasks}
         all_phases = phases(run.history, tasks)
-        if not all_phases or result.row.same_as:
+        if len({phase.task for phase in all_phases}) < 2 or result.row.same_as:
             continue
         text = markdown(*phase_rows(all_phases[-_PHASES_SHOWN:], tasks))
         change = backward_transfer(all_phases)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,21 @@ def test_a_killed_job_is_resumed_and_a_failed_one_is_tried_again(runner: Runner,
     last = job(tmp_path, "good")
     kept.run([last], lambda job, seconds: None)
     assert (last.folder / "checkpoints").is_dir()
+
+
+def test_a_run_that_is_still_on_its_way_out_is_waited_for(runner: Runner, tmp_path: Path) -> None:
+    held, other = job(tmp_path, "held"), job(tmp_path, "other")
+    held.folder.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from mtbert.engine.folder_lock import FolderLock;"
+        " FolderLock(Path(sys.argv[1])).acquire(); print(flush=True); time.sleep(1.5)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(held.folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        seen: list[str] = []
+        runner.run([held, other], lambda job, seconds: seen.append(job.row))
+    assert seen == ["other", "held"]
 
 
 def test_only_the_last_attempt_is_blamed() -> None:
@@ -419,13 +434,19 @@ def config_from_preset(name: str) -> TrainConfig:
 # ---- from folders to the page ----
 
 
-def write_run(folder: Path, hits: dict[str, float], epochs: float = 1.0) -> Path:
+def write_run(
+    folder: Path,
+    hits: dict[str, float],
+    epochs: float = 1.0,
+    names: Sequence[str] = ("sst", "para", "sts"),
+    evaluations: Sequence[dict[str, object]] = (),
+) -> Path:
     """A finished run whose accuracies are exactly `hits`; its STS predictions are the labels."""
-    generator = np.random.default_rng(0)
     data = {}
-    for name in ("sst", "para", "sts"):
+    for name in names:
         task = TASKS[name]
         count = 200
+        generator = np.random.default_rng(len(name))
         if task.kind == "similarity":
             labels = generator.uniform(0, 5, count)
             outputs = labels[:, None] * 0.5
@@ -455,7 +476,8 @@ def write_run(folder: Path, hits: dict[str, float], epochs: float = 1.0) -> Path
         "tokens": 6000,
         "tokens_per_second": 100.0,
     }
-    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [{"kind": "evaluation", **entry} for entry in evaluations]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [*lines, line]))
     (folder / "report.md").write_text("done\n")
     return folder
 
@@ -489,6 +511,40 @@ def test_the_page_has_tables_figure_and_failures(tmp_path: Path) -> None:
     assert "- peng-heads-36: not reproducible: 36 divides neither the width 768 nor 384" in page
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / CSV).is_file()
+
+
+def evaluation(
+    epoch: float, sst: float, para: float, sts: float, phase: str | None = None
+) -> dict[str, object]:
+    dev = {"sst": {"accuracy": sst}, "para": {"accuracy": para}, "sts": {"pearson": sts}}
+    overall = (sst + para + (sts + 1) / 2) / 3
+    return {"step": int(10 * epoch), "epoch": epoch, "phase": phase, "dev": dev, "overall": overall}
+
+
+def test_the_page_compares_epochs_phases_and_single_tasks(tmp_path: Path) -> None:
+    real = read_published()
+    hits = {"sst": 0.5, "para": 0.75}
+    by_epoch = [evaluation(0.5, 0.1, 0.1, 0.1), evaluation(1, 0.4, 0.8, 0.7), evaluation(2, 0.5, 0.8, 0.8)]
+    by_phase = [evaluation(0.3, 0.5, 0.6, 0.1, "sst"), evaluation(1, 0.3, 0.8, 0.2, "para")]
+    folders = {
+        "delacruz-full": write_run(tmp_path / "a", hits, evaluations=by_epoch),
+        "crichton-sequential": write_run(tmp_path / "b", hits, evaluations=by_phase),
+        "chan-r4": write_run(tmp_path / "c", hits),
+        "chan-r4-sst": write_run(tmp_path / "d", {"sst": 0.4}, names=["sst"]),
+    }
+    results = {}
+    for name, folder in folders.items():
+        result = read_row(real.rows[name], [folder], resamples=20)
+        assert result is not None
+        results[name] = result
+    found = Reproduction(real, [real.rows[name] for name in folders], results, {})
+    page = write_reproduction(found, tmp_path).read_text(encoding="utf-8")
+    assert "| 1 | 0.421 | 0.816 | 0.757 | 0.705 | 0.400 | 0.800 | 0.700 | 0.683 |" in page
+    assert "| 2 | 0.499 | 0.828 | 0.827 | 0.747 | 0.500 | 0.800 | 0.800 | 0.733 |" in page
+    assert "| 3 | 0.483 | 0.846 | 0.831 | 0.748 | - | - | - | - |" in page
+    assert "| 1 | para | 0.300 (-0.200) | 0.800 (own) | 0.200 |" in page
+    assert "each task's own last phase: -0.200" in page
+    assert "0.400 | 0.500 | +0.100 |" in page  # SST alone, with the others, and what it gained
 
 
 def test_the_figure_shows_both_scores_of_every_row() -> None:
