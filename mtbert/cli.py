@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from mtbert.config import TrainConfig
+from mtbert.config import TrainConfig, tasks_with_settings
 from mtbert.errors import ConfigError, Interrupted, UserError
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import TASKS
@@ -161,7 +161,7 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
         fields.pop(name, None)
     task = {name: fields.pop(name) for name in TASKS if name in fields}
     config = TrainConfig(**fields, task=task)
-    config.task = {name: config.task[name] for name in config.tasks}
+    config.task = {name: config.task[name] for name in tasks_with_settings(config)}
     return config
 
 

@@ -115,7 +115,7 @@ class TrainConfig:
         repeated = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
         if repeated:
             raise ConfigError(f"tasks: {', '.join(repeated)} is named more than once")
-        for name in self.tasks:
+        for name in tasks_with_settings(self):
             get_task(name)
             self.task.setdefault(name, TaskConfig())
         if not (math.isfinite(self.epochs) and self.epochs > 0):
@@ -146,11 +146,18 @@ class TrainConfig:
                 )
 
 
+def tasks_with_settings(config: TrainConfig) -> list[str]:
+    """The tasks of the run, and the one that only a stage before it trains."""
+    return list(
+        dict.fromkeys([*config.tasks, *([config.pretraining.task] if config.pretraining.task else [])])
+    )
+
+
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values, each task's settings under the task's name; absent tasks left out."""
     values = dataclasses.asdict(config)
     tasks = values.pop("task")
-    return values | {name: tasks[name] for name in config.tasks}
+    return values | {name: tasks[name] for name in tasks_with_settings(config)}
 
 
 def to_yaml(config: TrainConfig) -> str:

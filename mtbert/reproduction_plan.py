@@ -80,6 +80,11 @@ def listing(rows: Sequence[PaperRow], plans: Mapping[str, Plan], speed: float | 
         epochs = epoch_text(row.epochs)
         if plan is not None:
             epochs = f"{epoch_text(plan.config.epochs)} of {epochs}"
+            if (
+                plan.config.curriculum.mixing == "sequential"
+                and plan.config.curriculum.epoch_length != "largest"
+            ):
+                epochs += f", cut to {plan.config.curriculum.epoch_length} batches a task"
         line.append(f"the run of {row.same_as}" if row.same_as else epochs)
         line += [plan.cost.steps, round(plan.cost.training + plan.cost.evaluation)] if plan else [None, None]
         lines.append([*line, plan.cost.seconds(speed) / 60 if plan and speed else None])

@@ -11,25 +11,18 @@ from pathlib import Path
 
 from mtbert.cli import config_from_file, option_value, parse_train, run_main
 from mtbert.config import TrainConfig, to_yaml
-from mtbert.curriculum import build_curriculum
+from mtbert.engine.assembly import assemble
 from mtbert.engine.build import (
     Machine,
     TaskSplits,
-    build_forward,
     data_fingerprint,
-    load_model,
-    prepare_data,
-    prepare_machine,
     resolved,
     run_facts,
-    task_batches,
-    tasks_of,
 )
 from mtbert.engine.checkpoint import CheckpointStore
-from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
-from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
 from mtbert.engine.metrics_log import MetricsLog
+from mtbert.engine.pretraining import describe_stages, run_pretraining
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
@@ -41,8 +34,7 @@ from mtbert.evaluation.results import results_table
 from mtbert.evaluation.run import read_run
 from mtbert.evaluation.seeds import write_seeds
 from mtbert.model.multitask import MultiTaskModel
-from mtbert.optim.unfreezing import Unfreezing
-from mtbert.tasks.loading import SAMPLE, load_tables
+from mtbert.tasks.loading import SAMPLE
 
 logger = logging.getLogger("mtbert.train")  # __name__ is __main__ when it is run
 
@@ -94,58 +86,42 @@ def train_seeds(config: TrainConfig, parent: RunFolder) -> None:
 
 
 def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None:
-    """One training run in `run`, from its start or from its newest checkpoint."""
+    """One training run in `run` with what stands before it, from its start or from its newest checkpoint."""
     with logging_to(run.log_path), memory_errors(config.max_tokens):
-        machine = prepare_machine(config)
-        tasks = tasks_of(config)
-        tables = load_tables(config.data, list(tasks.values()))
-        model, tokeniser = load_model(config, machine)
-        data = prepare_data(config, tables, tokeniser)
-        announce(config, machine, model, data)
-
-        forward = build_forward(config, model, machine)
-        losses = task_losses(config, machine, data)
-        train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
-        batches = task_batches(config, data)
-        curriculum = build_curriculum(
-            batches,
-            config.curriculum,
-            sizes={name: len(b.examples) for name, b in batches.items()},
-            seed=config.seed,
-            epochs=config.epochs,
-        )
-        evaluator = Evaluator(
-            forward,
-            tasks,
-            data,
-            losses,
-            config.evaluation,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            trained_on={name: b.examples for name, b in batches.items()},
-            quality=sentence_quality(config, forward, tables, data, tokeniser),
-        )
-        unfreezing = Unfreezing(model, config.unfreezing) if config.unfreezing.active else None
-        facts = run_facts(machine)
+        parts = assemble(config)
+        facts = run_facts(parts.machine)
         # From here on the folder holds a run: whatever is wrong with the configuration has failed before.
         if not resumed:
-            run.write_text(run.config_path, to_yaml(resolved(config, machine)))
+            run.write_text(run.config_path, to_yaml(resolved(config, parts.machine)))
+    start = config
+    if config.pretraining.active:
+        del parts
+        start = run_pretraining(config, run, train)  # its stages have logs of their own
+    with logging_to(run.log_path), memory_errors(config.max_tokens):
+        if start is not config:
+            parts = assemble(start)
+        machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
+        announce(start, machine, model, data)
         if not run.record_path.is_file():  # a run killed between the two files resumes, too
-            run.write_json(run.record_path, describe_run(config, facts, run.name, model, data))
+            run.write_json(
+                run.record_path,
+                describe_run(config, facts, run.name, model, data)
+                | {"pretraining": describe_stages(config, run.path)},
+            )
             write_problems(run, data)
         with MetricsLog(run.metrics_path) as log:
             trainer = Trainer(
                 model,
-                train_step,
-                curriculum,
-                evaluator,
+                parts.train_step,
+                parts.curriculum,
+                parts.evaluator,
                 CheckpointStore(run.checkpoints),
                 log,
                 schedule=config.schedule,
                 evaluation=config.evaluation,
                 run=config.run,
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
-                unfreezing=unfreezing,
+                unfreezing=parts.unfreezing,
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
             )
             if resumed:
@@ -154,11 +130,11 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
 
         load_best_weights(model, run.checkpoints)
         predictions = predict_all(
-            forward, tasks, data, max_tokens=config.max_tokens, folder=run.path, mode=config.mode
+            forward, parts.tasks, data, max_tokens=config.max_tokens, folder=run.path, mode=config.mode
         )
         resamples = config.evaluation.resamples
-        write_report(run.path, tasks, dev_examples(data), resamples=resamples)
-    print(f"\n{results_table(run_results(read_run(run.path), tasks, predictions, resamples))}")
+        write_report(run.path, parts.tasks, dev_examples(data), resamples=resamples)
+    print(f"\n{results_table(run_results(read_run(run.path), parts.tasks, predictions, resamples))}")
     if config.data == SAMPLE:
         print("\nThe sample is synthetic: these scores say that training works, not how good the model is.")
     print(f"\nrun: {run.path}\nreport: {run.report_path}")

@@ -128,7 +128,7 @@ class Masking:
 
 def masking(tokeniser: Tokeniser, *, probability: float, seed: int) -> Masking | None:
     """The masking of a model's vocabulary; None when it has no mask token."""
-    token_to_id = tokeniser._tokenizer.token_to_id
+    token_to_id = tokeniser.token_id
     mask_id = token_to_id("[MASK]")
     if mask_id is None:
         return None

@@ -80,6 +80,11 @@ class Tokeniser:
             f"{folder}: found neither tokenizer.json nor vocab.txt; expected the folder of a BERT model"
         )
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, special ones included; None when there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, without special tokens."""
         try:

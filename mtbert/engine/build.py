@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mtbert.kernels.dispatch import explain, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
 from mtbert.model.heads import HeadSpec
+from mtbert.model.kept_heads import load_heads
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import resolve
 from mtbert.optim.surgery import UncertaintyWeights
@@ -36,6 +38,8 @@ from mtbert.tasks.registry import Task, get_task
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 TaskTables = Mapping[str, Mapping[str, Table]]
 """Tables by task and split."""
@@ -190,6 +194,8 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         model.uncertainty = UncertaintyWeights(
             {name: task.kind == "similarity" for name, task in tasks_of(config).items()}
         )
+    for name in load_heads(model, folder):
+        logger.info("%s: the head goes on from the one in %s", name, folder)
     return model.to(machine.device), Tokeniser.from_folder(folder)
 
 

@@ -41,7 +41,7 @@ def task_losses(config: TrainConfig, machine: Machine, data: TaskSplits) -> dict
 
 def build_objectives(config: TrainConfig, context: ObjectiveContext) -> list[Objective]:
     """The objectives that the configuration switches on. Raises ConfigError for one that cannot work on this data."""
-    built = [
+    built: list[Objective | None] = [
         build_simcse(config.simcse, context),
         build_mnrl(config.mnrl, context),
         build_cosine_embedding(config.cosine_embedding, context),

@@ -18,7 +18,7 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.masking import HELD_OUT_SITE, MaskedBatch, Masking
 from mtbert.data.packing import Segment, pack, plan_passes
 from mtbert.engine.evaluator import Evaluation
-from mtbert.engine.step import StepResult
+from mtbert.engine.step import StepResult, update
 from mtbert.evaluation.metrics import TaskScores
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.mlm_head import MlmModel
@@ -45,19 +45,18 @@ class MlmData:
 
 @dataclass(frozen=True)
 class MlmForward:
-    """Losses of hidden tokens."""
+    """Guesses hidden tokens."""
 
     model: MlmModel
     device: torch.device
     dtype: torch.dtype
 
     def __call__(self, masked: MaskedBatch, dropout: DropoutStream | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy [M] at the hidden tokens, at least float32, and whether the best guess is right, bool [M]."""
+        """Scores [M, V] of all words at the hidden tokens, and the cross-entropy [M], at least float32."""
         masked = masked.to(self.device, non_blocking=True)
         scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
         wide = scores if scores.dtype == torch.float64 else scores.float()
-        losses = F.cross_entropy(wide, masked.targets, reduction="none")
-        return losses, scores.detach().argmax(1) == masked.targets
+        return scores, F.cross_entropy(wide, masked.targets, reduction="none")
 
 
 class MlmStep:
@@ -85,11 +84,7 @@ class MlmStep:
     def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Train on the sentences of `plan`; `step`, from 0, selects the masks."""
         result = self.accumulate(plan, step)
-        if self.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, result.grad_norm)
-        self.optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, result, self.clip_norm)
         return result
 
     def state(self) -> dict[str, Tensor]:
@@ -110,7 +105,7 @@ class MlmStep:
         for masked in passes:
             if not len(masked.targets):
                 continue
-            losses, _ = self.forward(masked, dropout)
+            _, losses = self.forward(masked, dropout)
             share = losses.sum() / hidden
             share.backward()
             total = total + share.detach()
@@ -174,8 +169,14 @@ class MlmEvaluator:
     @torch.inference_mode()
     def evaluate(self) -> MlmEvaluation:
         """Loss and accuracy over all hidden tokens."""
-        results = [self.forward(masked, None) for masked in self.batches if len(masked.targets)]
-        losses = torch.cat([losses.double().cpu() for losses, _ in results] or [torch.zeros(1)])
-        hits = torch.cat([hits.cpu() for _, hits in results] or [torch.zeros(1)])
-        scores = TaskScores("classification", len(hits), accuracy=float(hits.double().mean()))
-        return MlmEvaluation({}, {NAME: scores}, {}, {NAME: float(losses.mean())})
+        losses, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+        for masked in self.batches:
+            if len(masked.targets):
+                scores, cross_entropy = self.forward(masked, None)
+                losses.append(cross_entropy.double().cpu())
+                hits.append(scores.argmax(1).cpu() == masked.targets)
+        count = sum(map(len, hits))
+        accuracy = float(torch.cat(hits).sum()) / max(1, count)
+        loss = float(torch.cat(losses).sum()) / max(1, count)
+        result = TaskScores("classification", count, accuracy=accuracy)
+        return MlmEvaluation({}, {NAME: result}, {}, {NAME: loss})

@@ -11,6 +11,7 @@ from mtbert.data.overlap import train_dev_overlap
 from mtbert.engine.run_folder import RunFolder
 from mtbert.evaluation.baselines import label_histogram
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.model.pretrained import MINILM, origin
 from mtbert.tasks.loading import SAMPLE
 from mtbert.tasks.registry import get_task
 
@@ -23,7 +24,6 @@ CONTAMINATION = (
     "The bundled MiniLM was trained on a billion sentence pairs, Quora question pairs among them: its paraphrase"
     " scores are optimistic."
 )
-MINILM = "minilm"
 _MOST_PROBLEMS = 100
 
 
@@ -96,6 +96,6 @@ def describe_run(
         "seed": config.seed,
         "synthetic": config.data == SAMPLE,
         "contamination": CONTAMINATION
-        if config.model.pretrained == MINILM and "para" in config.tasks
+        if origin(config.model.pretrained) == MINILM and "para" in config.tasks
         else None,
     }

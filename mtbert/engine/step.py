@@ -135,12 +135,7 @@ class TrainStep:
         follows a schedule.
         """
         result = self.accumulate(plan, step, progress)
-        if self.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, result.grad_norm)
-        # torch's fused AdamW leaves parameters and moments alone when found_inf is 1, without a host round trip.
-        self.optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, result, self.clip_norm)
         for objective in self.objectives:
             objective.after_step()
         return result
@@ -240,6 +235,17 @@ class TrainStep:
         for task, loss in losses.items():
             _add(sums.totals, task, loss)
         return losses
+
+
+def update(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float) -> None:
+    """Clip the gradient to `clip_norm` (0: not) and step, unless the loss or the gradient is not finite."""
+    if clip_norm > 0:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, result.grad_norm)
+    # torch's fused AdamW leaves parameters and moments alone when found_inf is 1, without a host round trip.
+    optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 class _Sums:

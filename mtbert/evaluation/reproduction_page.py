@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mtbert.errors import UserError
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.forgetting import backward_transfer, phase_rows, phases
 from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.markdown import escape
+from mtbert.evaluation.metrics import metric_fields
 from mtbert.evaluation.plots.reproduction import reproduction_plot
 from mtbert.evaluation.plots.style import Source, save
 from mtbert.evaluation.published import PaperRow, Published
@@ -126,15 +128,12 @@ def _by_epoch(done: Sequence[RowResult]) -> str:
     return "\n\n".join(["## After every epoch, on dev", *parts]) if parts else ""
 
 
-def _dev_score(line: Mapping[str, object] | None, name: str) -> float | None:
+def _dev_score(line: Mapping[str, Any] | None, name: str) -> float | None:
     if line is None:
         return None
     if name == "overall":
-        value = line.get("overall")
-    else:
-        scores = line["dev"][name]  # type: ignore[index]
-        value = scores.get("pearson" if name == "sts" else "accuracy")
-    return None if value is None else float(value)  # type: ignore[arg-type]
+        return line.get("overall")
+    return line["dev"][name].get(metric_fields(TASKS[name])[0])
 
 
 def _transfer(found: Reproduction) -> str:

@@ -32,7 +32,7 @@ def test_options_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     assert config.task["para"].batch_size == minilm["para"]["batch_size"]
 
 
-@pytest.mark.parametrize("preset", sorted(presets()))
+@pytest.mark.parametrize("preset", sorted(presets(papers=False)))
 def test_every_preset_parses_and_its_resolved_file_gives_the_same(preset: str, tmp_path: Path) -> None:
     config = parse_train(
         ["--preset", preset, "--output", "runs/x", "--para.head.pair", "[concat,difference]"]
@@ -57,7 +57,7 @@ def test_the_names_of_the_course_are_aliases(alias: str, mode: str) -> None:
         (["--tasks", "[sst,pra]"], r"tasks: unknown task 'pra'\. Did you mean para\?"),
         (["--sst.head.pooling", "first"], r"sst\.head\.pooling: expected cls, pooler, mean, found first"),
         (["--optim.lr", "fast"], r"optim\.lr: expected float, found fast"),
-        (["--evaluation.every", "year"], r"evaluation\.every: expected epoch or int, found year"),
+        (["--evaluation.every", "year"], r"evaluation\.every: expected epoch, phase or int, found year"),
         (["--para.max_length", "9999"], r"para\.max_length: expected 8 to 4096 tokens, found 9999"),
         (["--sts.head.hidden_layers", "9"], r"sts\.head\.hidden_layers: expected 0 to 4, found 9"),
         (

@@ -27,7 +27,11 @@ def train(bert: Path, folder: Path, *options: str) -> list[dict]:
             "--run.tensorboard=false",
             "--evaluation.train_examples=10",
             "--evaluation.resamples=10",
-            *(f"--{task}.{option}" for task in ("sst", "para", "sts") for option in ("batch_size=6", "max_length=64")),
+            *(
+                f"--{task}.{option}"
+                for task in ("sst", "para", "sts")
+                for option in ("batch_size=6", "max_length=64")
+            ),
             *options,
         ]
     )

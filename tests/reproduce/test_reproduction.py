@@ -49,6 +49,8 @@ TRAIN = textwrap.dedent(
         print("loading")
         print("error: sst.head: no such thing", file=sys.stderr)
         sys.exit(2)
+    if kind == "quiet":
+        sys.exit(3)
     if kind == "crash":
         print("Traceback (most recent call last):")
         raise RuntimeError("shapes differ")
@@ -134,7 +136,15 @@ def test_a_run_that_is_still_on_its_way_out_is_waited_for(runner: Runner, tmp_pa
     assert seen == ["other", "held"]
 
 
-def test_only_the_last_attempt_is_blamed() -> None:
+def test_only_the_last_attempt_is_blamed(runner: Runner, tmp_path: Path) -> None:
+    first = job(tmp_path, "bad")
+    runner.run([first], lambda job, seconds: None)
+    again = dataclasses.replace(first, arguments=("quiet", str(first.folder)))
+    runner.run([again], lambda job, seconds: None)
+    assert again.failure == "ended with exit code 3 and said nothing"
+
+
+def test_the_reason_of_a_failure() -> None:
     assert failure_reason(1, "") == "ended with exit code 1 and said nothing"
     assert failure_reason(-15, "error: old") == "killed by SIGTERM"
     assert failure_reason(2, "error: a\nerror: b\nlast") == "b"

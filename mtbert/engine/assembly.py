@@ -1,0 +1,78 @@
+"""Everything that a training run is made of, built from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mtbert.curriculum import Curriculum, build_curriculum
+from mtbert.engine.build import (
+    Machine,
+    TaskSplits,
+    build_forward,
+    load_model,
+    prepare_data,
+    prepare_machine,
+    task_batches,
+    tasks_of,
+)
+from mtbert.engine.evaluator import Evaluator
+from mtbert.engine.forward import Forward
+from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
+from mtbert.engine.step import TrainStep
+from mtbert.model.multitask import MultiTaskModel
+from mtbert.optim.unfreezing import Unfreezing
+from mtbert.tasks.loading import load_tables
+from mtbert.tasks.registry import Task
+
+if TYPE_CHECKING:
+    from mtbert.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    machine: Machine
+    tasks: dict[str, Task]
+    model: MultiTaskModel
+    data: TaskSplits
+    forward: Forward
+    train_step: TrainStep
+    curriculum: Curriculum
+    unfreezing: Unfreezing | None
+    evaluator: Evaluator
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it."""
+    machine = prepare_machine(config)
+    tasks = tasks_of(config)
+    tables = load_tables(config.data, list(tasks.values()))
+    model, tokeniser = load_model(config, machine)
+    data = prepare_data(config, tables, tokeniser)
+
+    forward = build_forward(config, model, machine)
+    losses = task_losses(config, machine, data)
+    train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    batches = task_batches(config, data)
+    curriculum = build_curriculum(
+        batches,
+        config.curriculum,
+        sizes={name: len(b.examples) for name, b in batches.items()},
+        seed=config.seed,
+        epochs=config.epochs,
+    )
+    evaluator = Evaluator(
+        forward,
+        tasks,
+        data,
+        losses,
+        config.evaluation,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        trained_on={name: b.examples for name, b in batches.items()},
+        quality=sentence_quality(config, forward, tables, data, tokeniser),
+    )
+    unfreezing = Unfreezing(model, config.unfreezing) if config.unfreezing.active else None
+    return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)
