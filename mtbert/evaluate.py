@@ -9,10 +9,10 @@ from pathlib import Path
 from mtbert.cli import config_from_file, run_main
 from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_split
+from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import LoadedRun, load_run
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
-from mtbert.engine.trainer import memory_errors
 from mtbert.errors import DataError
 from mtbert.evaluation.baselines import baselines
 from mtbert.evaluation.metrics import class_names

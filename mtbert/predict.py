@@ -15,10 +15,10 @@ from mtbert.cli import config_from_file, run_main
 from mtbert.data.tables import Table, read_table
 from mtbert.engine.build import prepare_data, task_data
 from mtbert.engine.finish import predict_all, predict_split
+from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import LoadedRun, load_run
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
-from mtbert.engine.trainer import memory_errors
 from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.metrics import class_names
 from mtbert.evaluation.predictions import predictions_from_outputs, probabilities

@@ -21,13 +21,14 @@ from mtbert.engine.build import (
 )
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
+from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.pretraining import describe_stages, run_pretraining
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
-from mtbert.engine.trainer import Trainer, memory_errors
+from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError
 from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table

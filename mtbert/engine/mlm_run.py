@@ -21,12 +21,13 @@ from mtbert.engine.build import Machine, prepare_machine, resolved, run_facts, t
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.export import export_encoder
 from mtbert.engine.finish import load_best_weights
+from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
-from mtbert.engine.trainer import Trainer, memory_errors
+from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError
 from mtbert.evaluation.history import epoch_text, read_history
 from mtbert.evaluation.markdown import escape

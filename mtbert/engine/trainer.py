@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +18,13 @@ from mtbert.curriculum import Curriculum, Plan
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.environment import environment_differences
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.interruptions import stop_requests
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
 from mtbert.engine.step import StepResult
 from mtbert.engine.tensorboard import Listener
-from mtbert.errors import CheckpointError, ConfigError, Interrupted, UserError
+from mtbert.engine.window import Window
+from mtbert.errors import CheckpointError, ConfigError, Interrupted
 from mtbert.evaluation.metrics import TaskScores, aggregates
 from mtbert.optim.schedule import ScheduleConfig, factor, set_learning_rate
 from mtbert.optim.unfreezing import Unfreezing
@@ -77,42 +76,6 @@ class Progress:
         """What `to_json` gave."""
         score = values["best_score"]
         return cls(**(values | {"best_score": -math.inf if score is None else score}))
-
-
-@dataclass
-class _Window:
-    """What has been summed since the last line of metrics.jsonl."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    objective_sums: dict[str, float] = field(default_factory=dict)
-    objective_counts: dict[str, int] = field(default_factory=dict)
-    gradients: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Of the gradients' cosines, norms and alterations: sum and count by task or pair of tasks."""
-    gradient_steps: int = 0
-    total: float = 0.0
-    grad_norm: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, result: StepResult) -> None:
-        for task, loss in result.losses.items():
-            self.sums[task] = self.sums.get(task, 0.0) + float(loss)
-            self.counts[task] = self.counts.get(task, 0) + 1
-        for name, loss in result.objectives.items():
-            self.objective_sums[name] = self.objective_sums.get(name, 0.0) + float(loss)
-            self.objective_counts[name] = self.objective_counts.get(name, 0) + 1
-        if result.gradients is not None:
-            self.gradient_steps += 1
-            for kind, values in result.gradients.to_json().items():
-                sums = self.gradients.setdefault(kind, {})
-                for name, value in values.items():
-                    before = sums.get(name, [0.0, 0])
-                    sums[name] = [before[0] + value, before[1] + 1]
-        self.total += float(result.total)
-        self.grad_norm += float(result.grad_norm)
-        self.steps += 1
 
 
 class Step(Protocol):
@@ -187,13 +150,13 @@ class Trainer:
         self.listeners = listeners
         self.total_steps = curriculum.total_steps
         self.progress = Progress()
-        self._window = _Window()
+        self._window = Window()
         self._pending: StepResult | None = None
 
     def fit(self) -> None:
         """Train to the end, or until early stopping. Raises Interrupted and NonFiniteError."""
         progress = self.progress
-        with _stop_requests() as stop, self._bar() as bar:
+        with stop_requests() as stop, self._bar() as bar:
             while progress.step < self.total_steps and not self._out_of_patience():
                 share = factor(self.schedule, progress.step, self.total_steps)
                 lr = set_learning_rate(self.optimizer, share)
@@ -270,35 +233,21 @@ class Trainer:
         return self.curriculum.epoch_of(self.progress.step)
 
     def _log_window(self, lr: float, bar: tqdm[Any]) -> None:
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, Window()
         if not window.steps:
             return
-        losses = {task: window.sums[task] / window.counts[task] for task in window.sums}
-        extra: dict[str, Any] = {}
-        if window.objective_sums:
-            counts = window.objective_counts
-            extra["objective"] = {n: value / counts[n] for n, value in window.objective_sums.items()}
-        if window.gradients:
-            extra["gradients"] = {
-                kind: {name: total / count for name, (total, count) in sums.items()}
-                for kind, sums in window.gradients.items()
-            } | {"steps": window.gradient_steps}
+        line = window.to_json()
         self._write(
             {
                 "kind": "step",
                 "step": self.progress.step,
                 "epoch": round(self.epoch, 6),
-                "loss": losses,
-                **extra,
-                "total_loss": window.total / window.steps,
-                "grad_norm": window.grad_norm / window.steps,
                 "lr": lr,
-                "tokens": window.tokens,
-                "seconds": window.seconds,
+                **line,
             }
         )
         speed = window.tokens / max(window.seconds, 1e-9)
-        bar.set_postfix({t: f"{v:.3f}" for t, v in losses.items()} | {"tok/s": f"{speed:,.0f}"})
+        bar.set_postfix({t: f"{v:.3f}" for t, v in line["loss"].items()} | {"tok/s": f"{speed:,.0f}"})
 
     def _log_epoch(self) -> None:
         seconds, tokens = self.progress.seconds, self.progress.tokens
@@ -397,51 +346,8 @@ class Trainer:
             )
             self.curriculum.restore(checkpoint.state["curriculum"])
             self.progress = Progress.from_json(checkpoint.state["progress"])
-            self._window = _Window(**checkpoint.state["window"])
+            self._window = Window(**checkpoint.state["window"])
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         self.log.rewind(self.progress.step)
         logger.info("resumed from step %d of %d", self.progress.step, self.total_steps)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second Ctrl-C stops at once. Handlers are put back afterwards."""
-    event = threading.Event()
-
-    def request(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        logger.info("%s: stopping after this step", signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def memory_errors(max_tokens: int) -> Iterator[None]:
-    """Turn running out of memory into a message that names the token budget."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(_out_of_memory(max_tokens, error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise UserError(_out_of_memory(max_tokens, error)) from error
-
-
-def _out_of_memory(max_tokens: int, error: BaseException) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"out of memory with a token budget of {max_tokens} tokens a pass; a lower --max_tokens takes"
-        f" more passes a step with the same result ({reason})"
-    )

@@ -9,8 +9,8 @@ import torch
 from support.assembly import tiny_config
 
 from mtbert.engine.build import prepare_machine
+from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.precision import compute_dtype, has_fast_bf16, resolve_device
-from mtbert.engine.trainer import memory_errors
 from mtbert.errors import ConfigError, UserError
 from mtbert.kernels import dispatch
 
