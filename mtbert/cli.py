@@ -148,6 +148,10 @@ def config_from_file(path: Path) -> TrainConfig:
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     """Parse and build the dataclasses."""
     values = parse_or_explain(parser, arguments)
+    options = [o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")]
+    for group in sorted({option.split(".")[0] for option in options if "." in option}):
+        if group in values and not isinstance(values[group], Namespace):
+            raise _not_a_group(group, values[group], options)
     try:
         built = parser.instantiate(values)
     except ConfigError as error:
@@ -210,6 +214,9 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
     match = re.search(r'Parser key "([\w.]+)": (.*)', text)
     if match is None:
         return ConfigError(text)
+    if "Unable to load config" in text:
+        found_text = re.search(r"Unable to load config '?(.*?)'? - ", text)
+        return _not_a_group(match[1], found_text[1] if found_text else "a value", options)
     name, problem = match.groups()
     kinds = re.findall(r"Expected an? (.*?)(?= - Expected|\. Got value| Given value|$)", problem)
     expected = list(dict.fromkeys(kinds))
@@ -218,6 +225,11 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
         return ConfigError(f"{name}: {problem}")
     wanted = " or ".join(_plain_type(kind) for kind in expected)
     return ConfigError(f"{name}: expected {wanted}, found {found.group(1)}")
+
+
+def _not_a_group(name: str, found: object, options: Sequence[str]) -> ConfigError:
+    fields = sorted({o[len(name) + 1 :].split(".")[0] for o in options if o.startswith(f"{name}.")})
+    return ConfigError(f"{name}: expected a group of fields ({', '.join(fields)}), found {found}")
 
 
 _UNKNOWN = (

@@ -126,11 +126,6 @@ class TrainConfig:
             raise ConfigError(f"seeds: expected at least 1, found {self.seeds}")
         if self.threads < 0:
             raise ConfigError(f"threads: expected at least 0, found {self.threads}")
-        groups = (self.simcse, self.mnrl, self.cosine_embedding, self.triplet, self.smart, self.bregman)
-        if not any(self.task[name].loss.weight for name in self.tasks) and not any(g.tasks for g in groups):
-            raise ConfigError(
-                "loss.weight: the weights of all tasks are 0 and no objective is on: there is nothing to train"
-            )
         for name in self.tasks:
             if not get_task(name).is_pair and self.task[name].head.pair != "cross-encoder":
                 raise ConfigError(

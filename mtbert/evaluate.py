@@ -39,11 +39,12 @@ def main(arguments: list[str]) -> None:
     with logging_to(None):
         run = RunFolder.open(options.run)
         config = config_from_file(run.config_path)
+        trained_on = config.data
         if options.data is not None:
             config = dataclasses.replace(config, data=options.data)
         loaded = load_run(run, config, device=options.device)
         with memory_errors(config.max_tokens):
-            chosen_here = options.data is None and options.split == "dev"
+            chosen_here = options.split == "dev" and same_data(trained_on, config.data)
             halved = chosen_here and config.evaluation.selection == "half"
             outcome = evaluate(loaded, options.split, halved=halved)
     print(f"{run.path}, step {loaded.step}, {options.split} of {config.data}\n")
@@ -56,6 +57,11 @@ def main(arguments: list[str]) -> None:
         scores = {name: entry.to_json() for name, entry in outcome.scores.items()}
         joint = {"overall": outcome.overall, "mean": outcome.mean}
         run.write_json(options.json, {"split": options.split, "step": loaded.step, "tasks": scores, **joint})
+
+
+def same_data(first: str, second: str) -> bool:
+    """Whether two values of `--data` mean the same tables."""
+    return first == second or Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
 
 
 def evaluate(loaded: LoadedRun, split: str, *, halved: bool = False) -> Results:

@@ -16,6 +16,10 @@ def main(arguments: list[str]) -> None:
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
         with RunFolder.open(Path(resumed)) as run:
+            if run.record_path.is_file() and not run.is_mlm:
+                raise ConfigError(
+                    f"{resumed} trains tasks: go on with python -m mtbert.train --resume {resumed}"
+                )
             config = config_from_file(run.config_path)
             run.lock()
             run_mlm(config, run, resumed=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -37,6 +39,13 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     published = read_published()
     rows = published.select(options.paper, options.rows)
+    if options.table:
+        with _locked(options.output):
+            print(f"table: {_write(published, rows, options.output)}")
+        return
+    if not options.list and all(row.impossible for row in rows):
+        reasons = "; ".join(f"{row.name}: {row.impossible}" for row in rows)
+        raise ConfigError(f"--rows: nothing selected can be run ({reasons}); possible: --list shows the rows")
     if options.data is None:
         if not options.list:
             raise ConfigError("--data: expected a folder in the CS224N layout, hub or sample; found nothing")
@@ -48,16 +57,23 @@ def main(arguments: list[str]) -> None:
     if options.list:
         _list(rows, plans, options)
         return
+    with _locked(options.output):
+        _reproduce(published, rows, plans, options)
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing into `output`."""
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(options.output)
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(output)
         holder = lock.acquire()
     except OSError as error:
-        raise UserError(f"{options.output} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
     if holder is not None:
-        raise UserError(f"{options.output} is in use by {holder}: wait, or give another --output")
+        raise UserError(f"{output} is in use by {holder}: wait, or give another --output")
     try:
-        _reproduce(published, rows, plans, options)
+        yield
     finally:
         lock.release()
 
@@ -102,26 +118,36 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=_count, default=1, metavar="N", help="runs at a time (%(default)s)")
     add("--threads", type=_count, metavar="N", help="threads of each run (all processors, divided by --jobs)")
     add("--keep-checkpoints", action="store_true", help="keep the finished runs' checkpoints (gigabytes)")
+    add("--table", action="store_true", help="only write the table of the runs in --output that are finished")
     add("--list", action="store_true", help="show the rows, with --data also what they cost; run nothing")
     return parser
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
     return value
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, found {text!r}")
+    return names
 
 
 def _runner(options: argparse.Namespace) -> Runner:
@@ -192,9 +218,6 @@ def _reproduce(
                 )
                 _check_settings(jobs[folder], plan)
 
-    def write() -> Path:
-        return write_reproduction(_collect(published, rows, options.output), options.output)
-
     def finished(job: Job, seconds: float) -> None:
         outcome = "done" if job.failure is None else f"failed: {job.failure}"
         left = sum(not other.done for other in jobs.values())
@@ -202,9 +225,9 @@ def _reproduce(
             f"{job}: {outcome} ({seconds / 60:.1f} minutes; {left} of {len(jobs)} without a result)",
             flush=True,
         )
-        write()
+        _write(published, rows, options.output)
 
-    page = write()
+    page = _write(published, rows, options.output)
     runner.run(list(jobs.values()), finished)
     print(f"table: {page}")
 
@@ -223,6 +246,10 @@ def _check_settings(job: Job, plan: Plan) -> None:
         raise ConfigError(
             f"{job.folder} was run with {key} {before}, now it is {now}: give another --output, or delete that folder"
         )
+
+
+def _write(published: Published, rows: Sequence[PaperRow], output: Path) -> Path:
+    return write_reproduction(_collect(published, rows, output), output)
 
 
 def _collect(published: Published, asked: Sequence[PaperRow], output: Path) -> Reproduction:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtbert.cli import parse_with, preset_path, train_parser
-from mtbert.config import TrainConfig
+from mtbert.config import TrainConfig, to_dict
 from mtbert.engine.reproduction_cost import Cost, CostModel, shortened
-from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.published import PaperRow
+from mtbert.evaluation.reproduction_schedule import Schedule
 from mtbert.evaluation.reproduction_table import published_score
 from mtbert.evaluation.table import Cell, table
 
@@ -77,14 +77,9 @@ def listing(rows: Sequence[PaperRow], plans: Mapping[str, Plan], speed: float | 
         if row.impossible is not None:
             lines.append([*line, f"not reproducible: {row.impossible}", None, None, None])
             continue
-        epochs = epoch_text(row.epochs)
+        epochs = f"{row.schedule.epochs:g}"
         if plan is not None:
-            epochs = f"{epoch_text(plan.config.epochs)} of {epochs}"
-            if (
-                plan.config.curriculum.mixing == "sequential"
-                and plan.config.curriculum.epoch_length != "largest"
-            ):
-                epochs += f", cut to {plan.config.curriculum.epoch_length} batches a task"
+            epochs = Schedule.of(to_dict(plan.config)).text(row.schedule)
         line.append(f"the run of {row.same_as}" if row.same_as else epochs)
         line += [plan.cost.steps, round(plan.cost.training + plan.cost.evaluation)] if plan else [None, None]
         lines.append([*line, plan.cost.seconds(speed) / 60 if plan and speed else None])

@@ -23,7 +23,7 @@ from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
-from mtbert.engine.pretraining import describe_stages, run_pretraining
+from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
@@ -61,6 +61,10 @@ def main(arguments: list[str]) -> None:
 def resume(folder: Path) -> None:
     """Go on with an interrupted run, or with the runs of several seeds."""
     with RunFolder.open(folder) as run:
+        if run.is_mlm:
+            raise ConfigError(
+                f"{folder} is masked-language modelling: go on with python -m mtbert.pretrain --resume {folder}"
+            )
         config = config_from_file(run.config_path)
         run.lock()
         if config.seeds == 1:
@@ -90,6 +94,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
     """One training run in `run` with what stands before it, from its start or from its newest checkpoint."""
     with logging_to(run.log_path), memory_errors(config.max_tokens):
         parts = assemble(config)
+        check_stages(config, run.path, assemble)
         facts = run_facts(parts.machine)
         # From here on the folder holds a run: whatever is wrong with the configuration has failed before.
         if not resumed:

@@ -24,6 +24,8 @@ class Curriculum(ABC):
     Epochs before the last start may have fewer steps than the others.
     """
 
+    joins_tasks = False
+    """Whether a step may hold rows of several tasks."""
     own_passes = False
     """Whether `epoch_length: largest` gives each task its own number of batches."""
 

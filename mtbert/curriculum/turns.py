@@ -8,6 +8,8 @@ from mtbert.curriculum.base import Curriculum
 class Parallel(Curriculum):
     """One step holds a batch of every task; its loss is the weighted sum of the tasks' means."""
 
+    joins_tasks = True
+
     def epoch_steps(self, epoch: int) -> int:
         """A step for each batch of the task that sets the epoch's length, whether it has started or not."""
         return max(self.passes.values())

@@ -19,6 +19,7 @@ from mtbert.engine.build import (
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
+from mtbert.engine.sense import check_sense
 from mtbert.engine.step import TrainStep
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.unfreezing import Unfreezing
@@ -63,6 +64,7 @@ def assemble(config: TrainConfig) -> Parts:
         seed=config.seed,
         epochs=config.epochs,
     )
+    check_sense(config, model, curriculum)
     evaluator = Evaluator(
         forward,
         tasks,
@@ -74,5 +76,5 @@ def assemble(config: TrainConfig) -> Parts:
         trained_on={name: b.examples for name, b in batches.items()},
         quality=sentence_quality(config, forward, tables, data, tokeniser),
     )
-    unfreezing = Unfreezing(model, config.unfreezing) if config.unfreezing.active else None
+    unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)

@@ -43,6 +43,10 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
     if is_exported(run.path):  # then nothing beyond the run's own folder is needed
         exported = dataclasses.replace(config.model, pretrained=str(run.path / ENCODER_FOLDER))
         config = dataclasses.replace(config, model=exported)
+    if run.is_mlm:
+        raise ConfigError(
+            f"{run.path} is masked-language modelling, which trains no task; its encoder is {run.path / ENCODER_FOLDER}"
+        )
     # The machine of the training need not be this one.
     config = dataclasses.replace(config, device=device or "auto", threads=0)
     machine = prepare_machine(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mtbert.data.tokenisation import Tokeniser, tokenise
@@ -14,9 +14,10 @@ from mtbert.engine.sentence_quality import SentenceQuality
 from mtbert.engine.step import TrainStep
 from mtbert.errors import ConfigError
 from mtbert.losses.bregman import build_bregman
-from mtbert.losses.cosine_embedding import build_cosine_embedding
+from mtbert.losses.cosine_embedding import CosineEmbedding, build_cosine_embedding
 from mtbert.losses.mnrl import build_mnrl
 from mtbert.losses.objective import Objective, ObjectiveContext
+from mtbert.losses.pairs import EmbeddingObjective
 from mtbert.losses.simcse import build_simcse
 from mtbert.losses.smart import build_smart
 from mtbert.losses.task_losses import TaskLoss
@@ -50,13 +51,24 @@ def build_objectives(config: TrainConfig, context: ObjectiveContext) -> list[Obj
         build_bregman(config.bregman, context),
     ]
     objectives = [objective for objective in built if objective is not None]
-    for stream, data in ((s, d) for objective in objectives for s, d in objective.streams().items()):
-        if len(data) and data.lengths.max() > config.max_tokens:
-            raise ConfigError(
-                f"max_tokens: an example of {stream} takes {data.lengths.max()} tokens, but one pass may hold"
-                f" {config.max_tokens}; raise max_tokens or lower {data.task}.max_length"
-            )
+    _check_passes(config, objectives, context)
     return objectives
+
+
+def _check_passes(config: TrainConfig, objectives: Sequence[Objective], context: ObjectiveContext) -> None:
+    """Every example of an objective must fit into a pass; where rows are compared in the batch, two of them."""
+    for objective in objectives:
+        if not isinstance(objective, EmbeddingObjective):
+            continue
+        together = 1 if isinstance(objective, CosineEmbedding) else 2
+        for task, source in objective.sources.items():
+            data = context.data[task] if source.data is None else source.data
+            needed = together * int(data.lengths.max(initial=0))
+            if needed > config.max_tokens:
+                raise ConfigError(
+                    f"max_tokens: {objective.name} needs {together} example(s) of {data.name} in a pass, up to {needed}"
+                    f" tokens, but one pass may hold {config.max_tokens}; raise max_tokens or lower {task}.max_length"
+                )
 
 
 def build_train_step(

@@ -24,7 +24,7 @@ from mtbert.engine.finish import load_best_weights
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep
-from mtbert.engine.run_folder import RunFolder
+from mtbert.engine.run_folder import MLM_RUN, RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
 from mtbert.engine.trainer import Trainer
@@ -177,6 +177,7 @@ def _curriculum(config: TrainConfig, data: MlmData) -> Curriculum:
 
 def _describe(config: TrainConfig, run: RunFolder, data: MlmData, before: MlmEvaluation) -> dict[str, Any]:
     return {
+        "kind": MLM_RUN,
         "name": run.name,
         "encoder": config.model.pretrained,
         "seed": config.seed,

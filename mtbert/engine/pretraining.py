@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,8 +25,7 @@ from mtbert.evaluation.metrics import TaskScores
 from mtbert.model.build import ModelConfig
 from mtbert.model.pretrained import ENCODER_FOLDER
 from mtbert.tasks.config import TaskConfig
-from mtbert.tasks.loading import load_tables
-from mtbert.tasks.registry import TASKS, get_task
+from mtbert.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
@@ -144,6 +144,17 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
     return planned
 
 
+def check_stages(config: TrainConfig, folder: Path, assemble: Callable[[TrainConfig], object]) -> None:
+    """Build what the stages that are still to come train, so that none fails after another has run for an hour.
+
+    assemble: builds everything that a configuration asks for (`mtbert.engine.assembly.assemble`).
+    """
+    for stage in stages(config, folder):
+        if stage.name != MLM and not stage.done:
+            model = replace(stage.config.model, pretrained=config.model.pretrained)
+            assemble(replace(stage.config, model=model))
+
+
 def run_pretraining(config: TrainConfig, run: RunFolder, train: Train) -> TrainConfig:
     """Run what stands before the run, in RUN/pretraining/NAME; returns the configuration that the run goes on with.
 
@@ -152,9 +163,6 @@ def run_pretraining(config: TrainConfig, run: RunFolder, train: Train) -> TrainC
     no stage to be read.
     """
     planned = stages(config, run.path)
-    for stage in planned:
-        if stage.name != MLM and not stage.done:  # a table that is missing fails before the first stage
-            load_tables(config.data, [get_task(stage.name)])
     for stage in planned:
         if not stage.done:
             _run(stage, train)

@@ -19,6 +19,9 @@ from mtbert.engine.folder_lock import FolderLock
 from mtbert.engine.metrics_log import plain
 from mtbert.errors import UserError
 
+MLM_RUN = "masked-language modelling"
+"""What run.json calls a run that trains no task."""
+
 
 class RunFolder:
     """The folder of one run: `create` begins a run, `open` finds one; the attributes are the paths in it."""
@@ -39,6 +42,15 @@ class RunFolder:
     def name(self) -> str:
         """The run's name: the last part of its path."""
         return self.path.resolve().name
+
+    @property
+    def is_mlm(self) -> bool:
+        """Whether masked words are what the run trains on; False while it has no run.json yet."""
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("kind") == MLM_RUN
 
     @classmethod
     def create(cls, output: str | Path | None, name_hint: str, *, parent: Path = Path("runs")) -> RunFolder:

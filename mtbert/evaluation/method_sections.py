@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtbert.evaluation.forgetting import backward_transfer, phase_rows, phases
+from mtbert.evaluation.halves import WHOLE
 from mtbert.evaluation.history import History, epoch_text
 from mtbert.evaluation.markdown import escape, image_links
 from mtbert.evaluation.table import Cell, markdown_table
@@ -16,14 +17,22 @@ if TYPE_CHECKING:
 
 
 def method_sections(
-    history: History, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder: Path
+    history: History,
+    tasks: Mapping[str, Task],
+    plots: Mapping[str, Path],
+    folder: Path,
+    *,
+    dev: str = WHOLE,
 ) -> list[str]:
-    """Sections in Markdown; `plots` are the run's figures by name, linked relative to `folder`."""
+    """Sections in Markdown; `plots` are the run's figures by name, linked relative to `folder`.
+
+    dev: what the evaluations of the training call dev.
+    """
     sections = [
         _objectives(history, plots, folder),
         _gradients(history, plots, folder),
-        _embedding(history, plots, folder),
-        _forgetting(history, tasks, plots, folder),
+        _embedding(history, plots, folder, dev),
+        _forgetting(history, tasks, plots, folder, dev),
     ]
     return [section for section in sections if section]
 
@@ -82,7 +91,7 @@ def _percent(share: float | None) -> Cell:
     return None if share is None else f"{share:.1%}"
 
 
-def _embedding(history: History, plots: Mapping[str, Path], folder: Path) -> str:
+def _embedding(history: History, plots: Mapping[str, Path], folder: Path, dev: str) -> str:
     best = history.best_evaluation()
     rows: list[list[Cell]] = []
     for line in history.evaluations:
@@ -93,9 +102,9 @@ def _embedding(history: History, plots: Mapping[str, Path], folder: Path) -> str
     if not rows:
         return ""
     note = (
-        "Of sentence embeddings of length 1 on dev (Wang and Isola 2020); lower is better in both. Alignment: the mean"
-        " squared distance of positive pairs. Uniformity: the logarithm of the mean of exp(-2 x squared distance) over"
-        " all pairs."
+        f"Of sentence embeddings of length 1 on {dev} (Wang and Isola 2020); lower is better in both. Alignment: the"
+        " mean squared distance of positive pairs. Uniformity: the logarithm of the mean of exp(-2 x squared distance)"
+        " over all pairs."
     )
     return _section(
         "Alignment and uniformity",
@@ -105,12 +114,14 @@ def _embedding(history: History, plots: Mapping[str, Path], folder: Path) -> str
     )
 
 
-def _forgetting(history: History, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder: Path) -> str:
+def _forgetting(
+    history: History, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder: Path, dev: str
+) -> str:
     found = phases(history, tasks)
     if not found:
         return ""
     headers, rows = phase_rows(found, tasks)
-    note = "Dev scores after each phase; in brackets the change since the end of the task's own latest phase."
+    note = f"Scores on {dev} after each phase; in brackets the change since the end of the task's own latest phase."
     change = backward_transfer(found)
     if change is not None:
         note += (

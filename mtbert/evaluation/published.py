@@ -8,12 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from mtbert.errors import ConfigError
 from mtbert.evaluation.metrics import COURSE_TRIO, mean_of, overall_of
+from mtbert.evaluation.reproduction_schedule import Schedule
 
 FOLDER = Path(str(resources.files("mtbert") / "presets" / "papers"))
 ROWS_FILE = "rows.yaml"
@@ -36,8 +37,6 @@ class PaperRow:
     """Published dev figures by task: accuracy, or Pearson's correlation."""
     score: float | None = None
     """The published score of all tasks."""
-    quora: Literal["cut", "all"] | None = None
-    """Whether training goes through all of Quora or an epoch ends with the smallest task; None without Quora."""
     note: str = ""
     same_as: str | None = None
     """The row whose settings are the same; one run serves both."""
@@ -65,9 +64,9 @@ class PaperRow:
         return values
 
     @property
-    def epochs(self) -> float:
-        """The epochs of its settings."""
-        return float(self.settings["epochs"])
+    def schedule(self) -> Schedule:
+        """How long the paper trained, by the settings."""
+        return Schedule.of(self.settings)
 
     @property
     def recomputed(self) -> float | None:
@@ -124,9 +123,18 @@ class Published:
     dev: Mapping[str, int]
 
     def select(self, papers: Collection[str] = (), names: Collection[str] = ()) -> list[PaperRow]:
-        """The rows of those papers, or of those names; without either all. ConfigError for unknown ones."""
+        """The rows of those papers, or of those names; without either all.
+
+        ConfigError for unknown ones, and for names that are not of those papers.
+        """
         _check("--paper", papers, self.titles)
         _check("--rows", names, self.rows)
+        for name in names:
+            if papers and self.rows[name].paper not in papers:
+                raise ConfigError(
+                    f"--rows: {name} is a row of {self.rows[name].paper}, and --paper selects {', '.join(papers)}"
+                    f" alone; possible: rows of {', '.join(papers)}, or no --paper"
+                )
         return [
             row
             for row in self.rows.values()

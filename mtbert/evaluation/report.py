@@ -12,7 +12,7 @@ import numpy as np
 from mtbert.evaluation.bootstrap import RESAMPLES
 from mtbert.evaluation.evaluation_table import evaluation_rows
 from mtbert.evaluation.files import write_text
-from mtbert.evaluation.halves import SELECTION_HALF
+from mtbert.evaluation.halves import SELECTION_HALF, WHOLE
 from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.markdown import escape, fenced, image_links
 from mtbert.evaluation.method_sections import method_sections
@@ -60,7 +60,7 @@ def write_report(
         _results(run, outcome, resamples),
         _evaluations(run, chosen),
         image_links(plots, folder, ("metrics", "losses")),
-        *method_sections(run.history, chosen, plots, folder),
+        *method_sections(run.history, chosen, plots, folder, dev=SELECTION_HALF if run.halved else WHOLE),
         *(
             _task(task, outcome, predictions, plots, folder, examples, worst)
             for task in outcome.tasks.values()

@@ -11,8 +11,12 @@ from pathlib import Path
 
 from mtbert.evaluation.bootstrap import RESAMPLES, Interval, intervals
 from mtbert.evaluation.published import PaperRow, Published
+from mtbert.evaluation.reproduction_schedule import Schedule
 from mtbert.evaluation.run import read_run
 from mtbert.tasks.registry import TASKS
+
+_QUORA = "para"
+_ENOUGH = 0.99  # of the rows that the paper's schedule sees
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,7 @@ class SeedResult:
     folder: Path
     scores: Mapping[str, Interval]
     encoder: str
-    epochs: float
-    epoch_length: str | int
+    schedule: Schedule
     train_rows: Mapping[str, int]
     seconds: float
     tokens: int
@@ -66,6 +69,11 @@ class RowResult:
         )
 
     @property
+    def schedule(self) -> Schedule:
+        """How long the runs trained."""
+        return self.seeds[0].schedule
+
+    @property
     def score(self) -> Summary | None:
         """The score under the row's formula."""
         return self.summary(self.row.formula)
@@ -92,15 +100,24 @@ class Verdict:
     within_noise: bool
     reasons: tuple[str, ...]
     """Why the two can't be compared; empty where they can."""
+    changed: str | None
+    """How the run was made shorter (or longer) than the paper's: its difference then says nothing of the row."""
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the difference says something of the row."""
+        return not self.reasons and self.changed is None
 
     @property
     def text(self) -> str:
         """In words."""
         if self.reasons:
-            return "not comparable: " + "; ".join(self.reasons)
-        if self.within_noise:
-            return "within noise"
-        return "higher" if self.difference > 0 else "lower"
+            changed = [] if self.changed is None else [self.changed]
+            return "not comparable: " + "; ".join([*self.reasons, *changed])
+        found = "within noise" if self.within_noise else "higher" if self.difference > 0 else "lower"
+        if self.changed is not None:
+            return f"{self.changed}, so no verdict on the row; this run alone: {found}"
+        return found
 
 
 def judge(result: RowResult, published: Published) -> Verdict | None:
@@ -117,18 +134,21 @@ def judge(result: RowResult, published: Published) -> Verdict | None:
     columns = {name: found.mean for name in published.dev if (found := result.summary(name))}
     margin = math.hypot(row.standard_error(published.dev, columns), ours.deviation or 0.0)
     inside = ours.low - margin <= theirs <= ours.high + margin
-    return Verdict(ours.mean - theirs, margin, inside, _reasons(result, published))
+    changed = result.schedule.changed(row.schedule)
+    return Verdict(ours.mean - theirs, margin, inside, _reasons(result, published), changed)
 
 
 def _reasons(result: RowResult, published: Published) -> tuple[str, ...]:
     reasons = []
-    first = result.seeds[0]
-    if first.synthetic:
+    if result.seeds[0].synthetic:
         reasons.append("synthetic data")
-    ours, theirs = first.train_rows.get("para", 0), published.train["para"]
-    # A small table is enough where an epoch is cut to the smallest task.
-    if result.row.quora == "all" and ours < 0.99 * theirs:
-        reasons.append(f"{ours:,} of {theirs:,} Quora pairs")
+    ours, theirs = result.schedule, result.row.schedule
+    if _QUORA in theirs.batch_sizes:
+        seen = ours.distinct(_QUORA, result.seeds[0].train_rows)
+        wanted = theirs.distinct(_QUORA, published.train)
+        if seen < _ENOUGH * wanted:
+            reasons.append(f"trained on {seen:,} different Quora pairs, the paper's schedule has {wanted:,}")
+    reasons += [f"{task} joined too early" for task in ours.lost_starts(theirs)]
     return tuple(reasons)
 
 
@@ -152,8 +172,7 @@ def _read_seed(folder: Path, age: int, resamples: int) -> SeedResult:
         folder=folder,
         scores=intervals(tasks, run.all_predictions(tasks), resamples=resamples),
         encoder=str(run.info.get("encoder")),
-        epochs=float(run.config()["epochs"]),
-        epoch_length=run.config()["curriculum"]["epoch_length"],
+        schedule=Schedule.of(run.config()),
         train_rows={name: int(run.data(name, "train").get("rows") or 0) for name in tasks},
         seconds=float(last.get("seconds") or 0.0),
         tokens=int(last.get("tokens") or 0),

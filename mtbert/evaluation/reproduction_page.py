@@ -10,7 +10,6 @@ from typing import Any
 from mtbert.errors import UserError
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.forgetting import backward_transfer, phase_rows, phases
-from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.markdown import escape
 from mtbert.evaluation.metrics import metric_fields
 from mtbert.evaluation.plots.reproduction import reproduction_plot
@@ -21,7 +20,6 @@ from mtbert.evaluation.reproduction_table import (
     COLUMNS,
     condition_rows,
     csv_text,
-    epochs_text,
     markdown,
     score_rows,
 )
@@ -38,11 +36,18 @@ _HOW = """\
   (SST + paraphrase + (STS + 1) / 2) / 3, or one task's own figure. Ours is the best epoch on dev by the same formula,
   the mean over the seeds ± their deviation (n - 1). A published score marked * fits neither formula; the difference is
   then from the row's formula of its columns.
-- The interval is a 95% bootstrap over our dev examples (the mean of the seeds' intervals).
-- A difference is within noise when the published figure lies in our interval, widened on both sides by one standard
-  error of the published figure on its own dev set and, where several seeds ran, our deviation over them, in quadrature.
-  A difference that is no noise may come from the encoder, the epochs run or a reading as well as from the method.
-- Rows that go through all of Quora are not comparable without all of its {quora:,} training pairs."""
+- Our 95% interval says how far our score would vary with other dev examples: a bootstrap over those of our dev set (the
+  mean of the seeds' intervals).
+- Within noise: chance alone may explain the difference. The published score lies in our 95% interval, or outside it by
+  no more than one standard error of the published score (as its dev set's size gives it; where several seeds ran,
+  joined in quadrature with our deviation over them). A difference beyond that, higher or lower, may come from the
+  encoder or from a reading of the paper as well as from the method.
+- A run shorter than the paper's (column `epochs`) gets no verdict: a lower score shows too little training, not a row
+  that fails to reproduce.
+- A row is not comparable where training saw fewer than 99% of the different Quora pairs that the paper's schedule goes
+  through (of the course's {quora:,}; the column `training rows` has the size of our table).
+- Mean and deviation below a table are over the rows with both figures; rows that share one run of ours count once, with
+  the mean of their published figures."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,11 @@ def _intro(found: Reproduction, done: Sequence[RowResult]) -> str:
         f"{len(done)} of {len(found.rows)} rows have a finished run.",
         _HOW.format(quora=found.published.train["para"]),
     ]
-    scaled = [
-        r for r in done if epochs_text(r) != f"{epoch_text(r.row.epochs)} of {epoch_text(r.row.epochs)}"
-    ]
-    if scaled:
+    changed = [r for r in done if r.schedule.changed(r.row.schedule)]
+    if changed:
         lines.append(
-            f"> **Shortened.** {len(scaled)} of the rows below ran for fewer epochs than the paper's (column `epochs`)."
+            f"> **Shortened.** {len(changed)} of the {len(done)} rows below trained for another length than the paper's"
+            " (column `epochs`). Their differences say what short runs reach, not whether the rows reproduce."
         )
     contaminated = {str(read_run(r.seeds[0].folder).info.get("contamination") or "") for r in done} - {""}
     lines += [f"> **Contamination.** {escape(text)}" for text in sorted(contaminated)]

@@ -7,10 +7,9 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 
-from mtbert.evaluation.history import epoch_text
 from mtbert.evaluation.markdown import escape
 from mtbert.evaluation.metrics import COURSE_TRIO
-from mtbert.evaluation.published import PaperRow, Published
+from mtbert.evaluation.published import FORMULAS, PaperRow, Published
 from mtbert.evaluation.reproduction import RowResult, Summary, judge
 from mtbert.evaluation.table import Cell, markdown_table
 
@@ -23,7 +22,7 @@ def score_rows(done: Sequence[RowResult], published: Published) -> tuple[list[st
     headers += [
         *(f"our {title}" for title in COLUMNS.values()),
         "our score",
-        "interval",
+        "our 95% interval",
         "difference",
         "verdict",
     ]
@@ -46,19 +45,15 @@ def published_score(row: PaperRow) -> str | None:
 
 
 def _column_rows(done: Sequence[RowResult]) -> list[list[Cell]]:
-    """Mean and deviation of every column, over the rows that have both a published figure and ours."""
-    columns: list[tuple[list[float], list[float]]] = []
-    for task in COLUMNS:
-        pairs = [
-            (r.row.figures[task], s.mean) for r in done if task in r.row.figures and (s := r.summary(task))
-        ]
-        columns.append(([a for a, _ in pairs], [b for _, b in pairs]))
-    joint = [
-        (r.row.compared, r.score.mean)
-        for r in done
-        if r.row.compared is not None and r.score is not None and r.row.formula in ("mean", "overall")
+    """Mean and deviation of every column, over the rows that have both a published figure and ours.
+
+    Rows that one run serves are one entry, with the mean of their published figures.
+    """
+    columns = [
+        _by_run([(r.row.run, r.row.figures.get(task), r.summary(task)) for r in done]) for task in COLUMNS
     ]
-    columns.append(([a for a, _ in joint], [b for _, b in joint]))
+    joint = [r for r in done if r.row.formula in FORMULAS]
+    columns.append(_by_run([(r.row.run, r.row.compared, r.score) for r in joint]))
     rows: list[list[Cell]] = []
     for name, function, least in (("mean", statistics.fmean, 1), ("deviation", statistics.stdev, 2)):
         cells = [
@@ -67,6 +62,19 @@ def _column_rows(done: Sequence[RowResult]) -> list[list[Cell]]:
         ]
         rows.append([f"{name} of the rows with both", *cells[0], None, *cells[1], None, None, None])
     return rows
+
+
+def _by_run(
+    entries: Sequence[tuple[str, float | None, Summary | None]],
+) -> tuple[list[float], list[float]]:
+    """Published figures and ours, one of each for every run, where there are both. entries: run, published, ours."""
+    published: dict[str, list[float]] = {}
+    ours: dict[str, float] = {}
+    for run, figure, found in entries:
+        if figure is not None and found is not None:
+            published.setdefault(run, []).append(figure)
+            ours[run] = found.mean
+    return [statistics.fmean(figures) for figures in published.values()], list(ours.values())
 
 
 def condition_rows(done: Sequence[RowResult], published: Published) -> tuple[list[str], list[list[Cell]]]:
@@ -99,7 +107,7 @@ def condition_rows(done: Sequence[RowResult], published: Published) -> tuple[lis
                 row.name,
                 row.title,
                 seed.encoder,
-                epochs_text(result),
+                result.schedule.text(row.schedule),
                 len(result.seeds),
                 ", ".join(sizes),
                 f"{result.minutes:.1f}",
@@ -108,14 +116,6 @@ def condition_rows(done: Sequence[RowResult], published: Published) -> tuple[lis
             ]
         )
     return headers, rows
-
-
-def epochs_text(result: RowResult) -> str:
-    """Epochs run and the paper's, and what was cut off an epoch."""
-    seed = result.seeds[0]
-    text = f"{epoch_text(seed.epochs)} of {epoch_text(result.row.epochs)}"
-    whole = (result.row.settings.get("curriculum") or {}).get("epoch_length", "largest")
-    return text if seed.epoch_length == whole else f"{text}, each cut to {seed.epoch_length} batches a task"
 
 
 def _plus_minus(found: Summary | None) -> str | None:
@@ -140,7 +140,14 @@ def csv_text(
     tasks = (*COURSE_TRIO, "cfimdb")
     headers = ["row", "paper", "title", "where", "formula", "fits_neither_formula"]
     headers += [*(f"published_{task}" for task in tasks), "published_score", "published_hours"]
-    headers += ["encoder", "epochs", "paper_epochs", "seeds", *(f"rows_{task}" for task in tasks)]
+    headers += [
+        "encoder",
+        "epochs",
+        "paper_epochs",
+        "epochs_in_words",
+        "seeds",
+        *(f"rows_{task}" for task in tasks),
+    ]
     for key in (*tasks, "score"):
         headers += [key, f"{key}_deviation"]
     headers += [
@@ -181,8 +188,9 @@ def _csv_result(result: RowResult, published: Published) -> dict[str, object]:
     first, score, verdict = result.seeds[0], result.score, judge(result, published)
     line: dict[str, object] = {
         "encoder": first.encoder,
-        "epochs": first.epochs,
-        "paper_epochs": result.row.epochs,
+        "epochs": result.schedule.epochs,
+        "paper_epochs": result.row.schedule.epochs,
+        "epochs_in_words": result.schedule.text(result.row.schedule),
         "seeds": len(result.seeds),
         "minutes": round(result.minutes, 2),
         "tokens_per_second": None if result.tokens_per_second is None else round(result.tokens_per_second),

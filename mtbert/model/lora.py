@@ -68,7 +68,7 @@ class LoraConfig:
 
     def layer_numbers(self, count: int) -> list[int]:
         """The numbers of the adapted layers, ascending, for an encoder of `count` layers."""
-        return layer_numbers("lora.layers", self.layers, count)
+        return layer_numbers("model.lora.layers", self.layers, count)
 
 
 class LoraAdapter(nn.Module):

@@ -47,6 +47,10 @@ class SurgeryConfig:
             )
         if not 0 <= self.cagrad_c < 1:
             raise ConfigError(f"surgery.cagrad_c: expected at least 0 and below 1, found {self.cagrad_c}")
+        if self.gradients == "per-task" and not self.needs_task_gradients:
+            raise ConfigError(
+                f"surgery.gradients: per-task has no effect with method {self.method}; possible: one-pass"
+            )
         if self.variant == "reference" and self.method != "pcgrad":
             raise ConfigError(f"surgery.variant: reference is a variant of pcgrad, not of {self.method}")
 

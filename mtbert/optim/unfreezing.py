@@ -44,8 +44,13 @@ class Unfreezing:
     optimizer must have been built before the first `apply`, over all that will ever train.
     """
 
-    def __init__(self, model: MultiTaskModel, config: UnfreezingConfig) -> None:
-        """Raises ConfigError where the mode leaves nothing to unfreeze."""
+    def __init__(self, model: MultiTaskModel, config: UnfreezingConfig, epochs: float) -> None:
+        """`epochs` is the length of the training. Raises ConfigError where nothing would ever be unfrozen."""
+        if config.heads_first >= epochs:
+            raise ConfigError(
+                f"unfreezing.heads_first: after {config.heads_first:g} epochs the encoder would begin to train, but"
+                f" training has {epochs:g}; possible: below that"
+            )
         if config.gradual and model.mode != "full":
             raise ConfigError(f"unfreezing.gradual: possible in mode full only, the mode is {model.mode}")
         if config.heads_first and model.mode == "last-linear-layer":

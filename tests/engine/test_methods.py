@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mtbert import evaluate
 from mtbert.errors import ConfigError
 from mtbert.train import main
 
@@ -38,7 +39,9 @@ def train(bert: Path, folder: Path, *options: str) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_everything_at_once_is_logged_and_reported(tiny_bert: Path, tmp_path: Path) -> None:
+def test_everything_at_once_is_logged_and_reported(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = train(
         tiny_bert,
         tmp_path,
@@ -77,6 +80,10 @@ def test_everything_at_once_is_logged_and_reported(tiny_bert: Path, tmp_path: Pa
     report = (tmp_path / "run" / "report.md").read_text()
     for title in ("Objectives", "Gradients", "Alignment and uniformity"):
         assert f"# {title}" in report, title
+    assert "on selection half of dev" in report
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "run"), "--data", "sample"])  # the run's own tables, named
+    assert "optimistic" in capsys.readouterr().out
     for plot in ("objectives", "gradients", "embedding"):
         assert (tmp_path / "run" / "plots" / f"{plot}.png").stat().st_size > 1000
 
@@ -126,7 +133,31 @@ def test_learned_task_weights_move_and_the_run_can_be_read_again(tiny_bert: Path
         (["--pretraining.mlm_probability=1.5"], "pretraining.mlm_probability"),
         (["--pretraining.task=cola"], "pretraining.task"),
         (["--sst.loss.weight=0", "--para.loss.weight=0", "--sts.loss.weight=0"], "loss.weight"),
+        (["--sts.loss.weight=0", "--cosine_embedding.tasks=[sts]"], "sts.loss.weight"),
+        (
+            [
+                "--sts.loss.weight=0",
+                "--cosine_embedding.tasks=[sts]",
+                "--sts.head={pair: [cosine], pooling: cls}",
+            ],
+            "sts.head.pooling",
+        ),
         (["--unfreezing.gradual=true", "--mode=lora"], "unfreezing.gradual"),
+        (["--unfreezing.heads_first=3"], "unfreezing.heads_first"),
+        (
+            ["--surgery.method=pcgrad", "--curriculum.mixing=sequential"],
+            "surgery.method: pcgrad needs the gradients",
+        ),
+        (["--surgery.method=pcgrad", "--mode=last-linear-layer"], "surgery.method: pcgrad combines"),
+        (["--surgery.method=pcgrad", "--tasks=[sst]"], "surgery.method: pcgrad needs several tasks"),
+        (["--surgery.gradients=per-task"], "surgery.gradients"),
+        (["--simcse.tasks=[sst]", "--model.dropout={embedding: 0, attention: 0, hidden: 0}"], "simcse.tasks"),
+        (["--mnrl.tasks=[para]", "--max_tokens=64"], "max_tokens: mnrl needs 2"),
+        (["--pretraining.task=para", "--para.loss.class_weights=[1,2,3]"], "para.loss.class_weights"),
+        (
+            ["--tasks=[sst]", "--pretraining.task=para", "--para.loss.class_weights=[1,2,3]"],
+            "para.loss.class_weights",
+        ),
         (["--optim.layer_decay=0.9", "--mode=last-linear-layer"], "optim.layer_decay"),
     ],
 )

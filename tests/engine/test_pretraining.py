@@ -17,14 +17,21 @@ from safetensors.torch import load_file
 from support.assembly import tiny_config
 from support.tiny_bert import write_tiny_bert
 
-from mtbert import evaluate, export
+from mtbert import evaluate, export, pretrain
 from mtbert.cli import config_from_file
 from mtbert.config import TrainConfig
 from mtbert.engine import pretraining
+from mtbert.engine.assembly import assemble
 from mtbert.engine.build import Machine, load_model
 from mtbert.engine.checkpoint import Checkpoint, CheckpointStore
 from mtbert.engine.load_run import load_run
-from mtbert.engine.pretraining import PretrainingConfig, describe_stages, run_pretraining, stages
+from mtbert.engine.pretraining import (
+    PretrainingConfig,
+    check_stages,
+    describe_stages,
+    run_pretraining,
+    stages,
+)
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError, DataError, Interrupted, ModelFileError
 from mtbert.model.heads import HeadConfig
@@ -211,8 +218,7 @@ def test_a_missing_table_of_the_task_fails_before_the_first_stage(
     (tmp_path / "tables").mkdir()
     config.data = str(tmp_path / "tables")
     with pytest.raises(DataError, match=r"quora-train\.csv: no such file"):
-        pretrained_for(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "pretraining").exists()
+        check_stages(config, tmp_path / "run", assemble)
 
 
 # ---- the run itself ----
@@ -267,6 +273,16 @@ def test_a_run_with_both_stages(
     found = best(moved).model
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
+    masked = moved / "pretraining" / "mlm"
+    for command, folder, message in (
+        (main, masked, "mtbert.pretrain --resume"),
+        (pretrain.main, moved, "mtbert.train --resume"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            command(["--resume", str(folder)])
+    with pytest.raises(ConfigError, match="masked-language modelling, which trains no task"):
+        evaluate.main([str(masked)])
+
     again = tmp_path / "again"
     main(["--config", str(moved / "config.yaml"), "--output", str(again)])
     found = best(again).model
@@ -279,6 +295,9 @@ def test_a_mistake_in_the_run_fails_before_its_stages(config: TrainConfig, tmp_p
         main(arguments(config, run, "--model.attention_heads=7"))
     with pytest.raises(ConfigError, match=r"sst\.loss\.class_weights"):
         main(arguments(config, run, "--sst.loss.class_weights=[1.0,2.0]"))
+    alone = ("--tasks=[sst]", "--para.loss.class_weights=[1.0,2.0,3.0]")  # para is trained by its stage only
+    with pytest.raises(ConfigError, match=r"para\.loss\.class_weights"):
+        main(arguments(config, run, *alone))
     assert not (run / "pretraining").exists()
     assert not (run / "config.yaml").exists()
 

@@ -171,7 +171,7 @@ def test_every_module_is_in_a_package_that_is_installed(setup_module: ModuleType
 
 
 def test_every_preset_is_package_data() -> None:
-    kept = {path.relative_to(ROOT / "mtbert") for path in (ROOT / "mtbert").glob("presets/*.yaml")}
+    kept = {path.relative_to(ROOT / "mtbert") for path in (ROOT / "mtbert").glob("presets/**/*.yaml")}
     others = {
         path.relative_to(ROOT / "mtbert")
         for path in (ROOT / "mtbert").rglob("*")

@@ -47,7 +47,9 @@ def test_equation_5(negatives: int) -> None:
     h, positive, negative = torch.randn(3, 5, 8, dtype=torch.float64)
     groups, others = torch.arange(5), 5 + torch.arange(negatives)
     found = supervised_losses(h, positive, negative[:negatives], groups, others)
-    torch.testing.assert_close(found, equation_5(h, positive, negative[:negatives], 0.05), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        found, equation_5(h, positive, negative[:negatives], 0.05), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_by_hand() -> None:

@@ -66,7 +66,7 @@ def test_what_trains_is_a_function_of_the_epoch(
 ) -> None:
     assert config.active
     model = make(tiny_bert)
-    unfreezing = Unfreezing(model, config)
+    unfreezing = Unfreezing(model, config, 100)
     now = training(model)
     for epoch in [*expected, *reversed(expected)]:
         changed = unfreezing.apply(epoch)
@@ -77,7 +77,7 @@ def test_what_trains_is_a_function_of_the_epoch(
 
 def test_what_the_mode_freezes_stays_frozen(tiny_bert: Path) -> None:
     model = make(tiny_bert, "lora")
-    unfreezing = Unfreezing(model, UnfreezingConfig(heads_first=1))
+    unfreezing = Unfreezing(model, UnfreezingConfig(heads_first=1), 100)
     unfreezing.apply(0)
     assert training(model) == {"heads"}
     unfreezing.apply(1)
@@ -88,7 +88,7 @@ def test_what_the_mode_freezes_stays_frozen(tiny_bert: Path) -> None:
 def test_an_optimizer_of_all_parameters_moves_the_unfrozen_ones_only(tiny_bert: Path) -> None:
     model = make(tiny_bert)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.1))
-    unfreezing = Unfreezing(model, UnfreezingConfig(gradual=True, heads_first=1))
+    unfreezing = Unfreezing(model, UnfreezingConfig(gradual=True, heads_first=1), 100)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -117,12 +117,12 @@ def test_modes_with_nothing_to_unfreeze(
     tiny_bert: Path, mode: str, config: UnfreezingConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Unfreezing(make(tiny_bert, mode), config)
+        Unfreezing(make(tiny_bert, mode), config, 100)
 
 
 def test_heads_without_parameters_cannot_come_first(tiny_bert: Path) -> None:
     with pytest.raises(ConfigError, match=r"^unfreezing\.heads_first: the heads have no parameters"):
-        Unfreezing(make(tiny_bert, pair=["cosine"]), UnfreezingConfig(heads_first=1))
+        Unfreezing(make(tiny_bert, pair=["cosine"]), UnfreezingConfig(heads_first=1), 100)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +133,8 @@ def test_impossible_values_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^unfreezing\.{field}: .* found"):
         UnfreezingConfig(**{field: value})
     assert not UnfreezingConfig().active
+
+
+def test_an_encoder_that_would_never_train_is_refused(tiny_bert: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unfreezing\.heads_first: after 3 epochs .* training has 3"):
+        Unfreezing(make(tiny_bert, "full"), UnfreezingConfig(heads_first=3), 3)

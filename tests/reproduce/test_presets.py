@@ -21,6 +21,7 @@ from mtbert.config import TrainConfig, to_dict
 from mtbert.curriculum import build_curriculum
 from mtbert.engine.reproduction_cost import shortened
 from mtbert.evaluation.published import FOLDER, ROWS_FILE, read_published
+from mtbert.evaluation.reproduction_schedule import Schedule
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import TASKS
 
@@ -85,10 +86,34 @@ def test_every_preset_says_what_was_published_and_how_it_is_read() -> None:
 def test_every_preset_is_a_valid_configuration(row: str) -> None:
     config = config_of(row)
     assert config.model.pretrained == "bert-base-uncased"
-    assert config.epochs == PUBLISHED.rows[row].epochs
-    assert ("para" in config.tasks) == (PUBLISHED.rows[row].quora is not None)
-    cut = config.curriculum.epoch_length in ("smallest", 378) and config.pretraining.task is None
-    assert PUBLISHED.rows[row].quora in (None, "cut" if cut else "all")
+    assert Schedule.of(to_dict(config)) == PUBLISHED.rows[row].schedule
+
+
+@pytest.mark.parametrize("row", [row.name for row in RUNNABLE])
+def test_surgery_has_gradients_that_can_conflict(row: str) -> None:
+    config = config_of(row)
+    if config.surgery.method != "sum":
+        assert config.mode != "last-linear-layer"
+        assert config.curriculum.mixing in ("parallel", "dynamic")
+        assert len(config.tasks) > 1
+
+
+def test_a_published_figure_stands_at_one_row() -> None:
+    for paper in PUBLISHED.titles:
+        found = [
+            (tuple(row.figures.items()), row.score)
+            for row in PUBLISHED.rows.values()
+            if row.paper == paper and len(row.figures) > 1
+        ]
+        assert len(found) == len(set(found))
+
+
+def test_smart_weighs_as_much_beside_a_task_as_the_paper_says() -> None:
+    """Equation 2: L + 5 R for each task; a common factor is left to equation 1."""
+    config = config_of("chan-r6")
+    for task in config.smart.tasks:
+        assert config.smart.weight / config.task[task].loss.weight == pytest.approx(5, rel=1e-3)
+    assert config.task["sts"].loss.weight / 25 == pytest.approx(config.task["sst"].loss.weight, rel=1e-3)
 
 
 @pytest.mark.parametrize("row", ["chan-r5", "luo-lora-r4", "peng-run-292"])

@@ -1,4 +1,4 @@
-"""Running rows and reading them: what is skipped, resumed and noted, and the numbers of the table."""
+"""From rows to the table: what they cost, how runs are read, and the numbers beside the published ones."""
 
 from __future__ import annotations
 
@@ -7,222 +7,27 @@ import dataclasses
 import io
 import json
 import math
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mtbert.cli import parse_train
 from mtbert.config import TrainConfig
-from mtbert.engine.reproduction import Job, Runner, failure_reason
 from mtbert.engine.reproduction_cost import STEP_TOKENS, Cost, CostModel, shortened
-from mtbert.errors import ConfigError, Interrupted
+from mtbert.errors import ConfigError
 from mtbert.evaluation.bootstrap import Interval
 from mtbert.evaluation.plots.reproduction import reproduction_plot
 from mtbert.evaluation.plots.style import Source
 from mtbert.evaluation.predictions import Predictions, write_prediction_files
 from mtbert.evaluation.published import PaperRow, Published, read_published
-from mtbert.evaluation.reproduction import RowResult, SeedResult, judge, read_row
+from mtbert.evaluation.reproduction import RowResult, SeedResult, Verdict, judge, read_row
 from mtbert.evaluation.reproduction_page import CSV, PAGE, PLOT, Reproduction, write_reproduction
 from mtbert.evaluation.reproduction_table import condition_rows, csv_text, score_rows
 from mtbert.reproduce import main
 from mtbert.tasks.registry import TASKS
-
-# ---- the runner, with a training that is quick ----
-
-TRAIN = textwrap.dedent(
-    """
-    import os, pathlib, signal, sys, time
-    arguments = sys.argv[1:]
-    if arguments[0] == "--resume":
-        folder, kind = pathlib.Path(arguments[1]), "resumed"
-    else:
-        kind, folder = arguments[0], pathlib.Path(arguments[1])
-    (folder / "calls.txt").open("a").write(kind + "\\n")
-    if kind == "bad":
-        print("loading")
-        print("error: sst.head: no such thing", file=sys.stderr)
-        sys.exit(2)
-    if kind == "quiet":
-        sys.exit(3)
-    if kind == "crash":
-        print("Traceback (most recent call last):")
-        raise RuntimeError("shapes differ")
-    (folder / "config.yaml").write_text("epochs: 1")
-    if kind == "memory":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "slow":
-        def stop(*_):
-            (folder / "calls.txt").open("a").write("stopped\\n")
-            sys.exit(130)
-        signal.signal(signal.SIGTERM, stop)
-        (folder / "ready").touch()
-        time.sleep(60)
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "report.md").write_text("done")
-    """
-)
-
-
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    return Runner((sys.executable, str(script)))
-
-
-def job(folder: Path, kind: str) -> Job:
-    return Job(kind, 0, folder / kind, (kind, str(folder / kind)))
-
-
-def calls(job: Job) -> list[str]:
-    file = job.folder / "calls.txt"
-    return file.read_text().split() if file.is_file() else []
-
-
-def test_done_jobs_are_skipped_and_failures_are_noted_while_the_rest_goes_on(
-    runner: Runner, tmp_path: Path
-) -> None:
-    jobs = [job(tmp_path, kind) for kind in ("done", "bad", "crash", "memory", "good")]
-    jobs[0].folder.mkdir()
-    (jobs[0].folder / "report.md").write_text("long ago")
-    seen: list[str] = []
-    runner.run(jobs, lambda job, seconds: seen.append(job.row))
-    assert seen == ["bad", "crash", "memory", "good"]
-    assert calls(jobs[0]) == []
-    assert [job.failure for job in jobs] == [
-        None,
-        "sst.head: no such thing",
-        "RuntimeError: shapes differ",
-        "killed by SIGKILL, as the system does when memory runs out",
-        None,
-    ]
-    assert [job.done for job in jobs] == [True, False, False, False, True]
-    assert not (jobs[4].folder / "checkpoints").exists()
-
-
-def test_a_killed_job_is_resumed_and_a_failed_one_is_tried_again(runner: Runner, tmp_path: Path) -> None:
-    jobs = [job(tmp_path, "memory"), job(tmp_path, "bad")]
-    runner.run(jobs, lambda job, seconds: None)
-    runner.run(jobs, lambda job, seconds: None)
-    assert calls(jobs[0]) == ["memory", "resumed"]
-    assert jobs[0].done
-    assert jobs[0].failure is None
-    assert calls(jobs[1]) == ["bad", "bad"]
-    kept = dataclasses.replace(runner, keep_checkpoints=True)
-    last = job(tmp_path, "good")
-    kept.run([last], lambda job, seconds: None)
-    assert (last.folder / "checkpoints").is_dir()
-
-
-def test_a_run_that_is_still_on_its_way_out_is_waited_for(runner: Runner, tmp_path: Path) -> None:
-    held, other = job(tmp_path, "held"), job(tmp_path, "other")
-    held.folder.mkdir()
-    code = (
-        "import sys, time; from pathlib import Path; from mtbert.engine.folder_lock import FolderLock;"
-        " FolderLock(Path(sys.argv[1])).acquire(); print(flush=True); time.sleep(1.5)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(held.folder)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        seen: list[str] = []
-        runner.run([held, other], lambda job, seconds: seen.append(job.row))
-    assert seen == ["other", "held"]
-
-
-def test_only_the_last_attempt_is_blamed(runner: Runner, tmp_path: Path) -> None:
-    first = job(tmp_path, "bad")
-    runner.run([first], lambda job, seconds: None)
-    again = dataclasses.replace(first, arguments=("quiet", str(first.folder)))
-    runner.run([again], lambda job, seconds: None)
-    assert again.failure == "ended with exit code 3 and said nothing"
-
-
-def test_the_reason_of_a_failure() -> None:
-    assert failure_reason(1, "") == "ended with exit code 1 and said nothing"
-    assert failure_reason(-15, "error: old") == "killed by SIGTERM"
-    assert failure_reason(2, "error: a\nerror: b\nlast") == "b"
-
-
-def test_two_jobs_run_at_a_time(runner: Runner, tmp_path: Path) -> None:
-    both = dataclasses.replace(runner, at_once=2)
-    jobs = [Job(name, 0, tmp_path / name, ("slow", str(tmp_path / name))) for name in ("one", "two", "three")]
-    with (
-        _interrupt_when(lambda: all((job.folder / "ready").exists() for job in jobs[:2])),
-        pytest.raises(Interrupted, match="stopped during one seed 0, two seed 0"),
-    ):
-        both.run(jobs, lambda job, seconds: None)
-    assert [calls(job) for job in jobs] == [["slow", "stopped"], ["slow", "stopped"], []]
-    assert [job.failure for job in jobs] == [None, None, None]
-    runner.run(jobs[:2], lambda job, seconds: None)
-    assert calls(jobs[0]) == ["slow", "stopped", "resumed"]
-
-
-class _interrupt_when:
-    """SIGINT for this process, as Ctrl-C, once a condition holds."""
-
-    def __init__(self, condition: Callable[[], bool]) -> None:
-        self.condition = condition
-
-    def __enter__(self) -> None:
-        def check(*_: object) -> None:
-            if self.condition():
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                raise KeyboardInterrupt
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-
-        self.before = signal.signal(signal.SIGALRM, check)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-
-    def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
-
-
-def test_a_training_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
-    """The watcher of `train_row`, with a training that only waits."""
-    child = (
-        "import sys, time; import mtbert.reproduce as r;"
-        f" r.train.main = lambda a: (open({str(tmp_path / 'up')!r}, 'w').close(), time.sleep(60));"
-        " r.train_row(int(sys.argv.pop(1)))"
-    )
-    parent = (
-        "import os, subprocess, sys, time;"
-        f" p = subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())], start_new_session=True);"
-        f" open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", parent])
-    try:
-        _wait(lambda: (tmp_path / "up").exists(), 60)
-        pid = int((tmp_path / "pid").read_text())
-        process.kill()
-        process.wait()
-        _wait(lambda: not _alive(pid), 15)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
 
 # ---- the table ----
 
@@ -230,15 +35,22 @@ SIZES = {"sst": 100, "para": 400, "sts": 101, "cfimdb": 50}
 PAPER = Published({}, {"chan": "Chan 2023"}, {"sst": 200, "para": 1000, "sts": 100, "cfimdb": 80}, SIZES)
 
 
-def seed(values: dict[str, float], *, width: float = 0.02, para_rows: int = 1000) -> SeedResult:
+def seed(
+    values: dict[str, float],
+    *,
+    width: float = 0.02,
+    para_rows: int = 1000,
+    like: str = "chan-r4",
+    **changes: Any,
+) -> SeedResult:
+    """A run of the length of row `like`, but for the changes."""
     sst, para, sts = values["sst"], values["para"], values["sts"]
     joint = {"mean": (sst + para + sts) / 3, "overall": (sst + para + (sts + 1) / 2) / 3}
     return SeedResult(
         folder=Path("run"),
         scores={k: Interval(v, v - width, v + width) for k, v in (values | joint).items()},
         encoder="minilm",
-        epochs=1.0,
-        epoch_length="smallest",
+        schedule=dataclasses.replace(read_published().rows[like].schedule, **changes),
         train_rows={"sst": 200, "para": para_rows, "sts": 100},
         seconds=120.0,
         tokens=240_000,
@@ -255,7 +67,6 @@ def row(**changes: object) -> PaperRow:
         "formula": "mean",
         "figures": {"sst": 0.5, "para": 0.7, "sts": 0.4},
         "score": 0.533,
-        "quora": "cut",
     }
     return PaperRow(**(values | changes))  # type: ignore[arg-type]
 
@@ -316,16 +127,55 @@ def test_the_deviation_over_seeds_widens_the_margin() -> None:
     assert found.margin == pytest.approx(math.hypot(row().standard_error(SIZES, {}), 0.02 / math.sqrt(2)))
 
 
-def test_rows_without_all_of_quora_are_not_comparable() -> None:
-    short = (seed(OURS, para_rows=160),)
-    whole = judge(RowResult(row(quora="all"), short), PAPER)
-    cut = judge(RowResult(row(quora="cut"), short), PAPER)
-    full = judge(RowResult(row(quora="all"), (seed(OURS),)), PAPER)
-    assert whole is not None
-    assert whole.text == "not comparable: 160 of 1,000 Quora pairs"
-    assert cut is not None
-    assert full is not None
-    assert cut.text == full.text == "within noise"
+def verdict(name: str, one: SeedResult) -> Verdict:
+    found = judge(RowResult(row(name=name), (one,)), dataclasses.replace(PAPER, train=read_published().train))
+    assert found is not None
+    return found
+
+
+def test_rows_that_see_fewer_quora_pairs_than_the_paper_are_not_comparable() -> None:
+    """At full length chan-r4 draws 10 x 378 x 16 = 60,480 pairs: 60,000 of them are enough, 22,757 are repeated."""
+    tables = dict(read_published().train)
+    for rows, enough in ((22_757, False), (59_800, False), (60_000, True), (141_498, True)):
+        one = dataclasses.replace(seed(OURS), train_rows=tables | {"para": rows})
+        found = verdict("chan-r4", one)
+        assert found.conclusive == enough
+        assert found.text == (
+            "within noise"
+            if enough
+            else f"not comparable: trained on {rows:,} different Quora pairs, the paper's schedule has 60,480"
+        )
+
+
+def test_a_shortened_run_of_the_whole_table_is_not_comparable_either() -> None:
+    one = dataclasses.replace(seed(OURS, like="luo-simcse", epochs=2.0), train_rows=read_published().train)
+    found = verdict("luo-simcse", one)
+    assert found.text == (
+        "not comparable: trained on 32,000 different Quora pairs, the paper's schedule has 141,498;"
+        " shortened (epochs: 2 of 100)"
+    )
+
+
+def test_a_shortened_run_gets_no_verdict_on_its_row() -> None:
+    """50 of Luo's 100 epochs see all of Quora five times."""
+    tables = read_published().train
+    low = {name: value - 0.2 for name, value in OURS.items()}
+    for values, word in ((OURS, "within noise"), (low, "lower")):
+        one = dataclasses.replace(seed(values, like="luo-simcse", epochs=50.0), train_rows=tables)
+        found = verdict("luo-simcse", one)
+        assert not found.conclusive
+        assert found.reasons == ()
+        assert (
+            found.text == f"shortened (epochs: 50 of 100), so no verdict on the row; this run alone: {word}"
+        )
+
+
+def test_a_lost_start_makes_a_row_incomparable() -> None:
+    one = seed(OURS, like="peng-run-292", start={})
+    found = verdict("peng-run-292", dataclasses.replace(one, train_rows=read_published().train))
+    assert found.text.startswith(
+        "not comparable: sst joined too early; shortened (epochs: 25 of 25, sst takes"
+    )
 
 
 def test_a_score_that_fits_neither_formula_is_marked_and_its_columns_are_compared() -> None:
@@ -346,9 +196,12 @@ def test_mean_and_deviation_of_the_columns() -> None:
     results = [
         RowResult(row(), (seed(OURS),)),
         RowResult(
-            row(figures={"sst": 0.3, "para": 0.6, "sts": 0.0}, score=0.3), (seed(OURS | {"sst": 0.4}),)
+            row(name="chan-r5", figures={"sst": 0.3, "para": 0.6, "sts": 0.0}, score=0.3),
+            (seed(OURS | {"sst": 0.4}),),
         ),
-        RowResult(row(figures={"sst": 0.9}, score=None, formula="sst"), (seed(OURS | {"sst": 0.8}),)),
+        RowResult(
+            row(name="chan-r6", figures={"sst": 0.9}, score=None, formula="sst"), (seed(OURS | {"sst": 0.8}),)
+        ),
     ]
     headers, rows = score_rows(results, PAPER)
     mean, deviation = (dict(zip(headers, cells, strict=True)) for cells in rows[-2:])
@@ -362,9 +215,25 @@ def test_mean_and_deviation_of_the_columns() -> None:
     )
 
 
+def test_rows_of_one_run_count_once_in_the_columns() -> None:
+    """Published .5 and .7 belong to one run of ours: .6 against its .48, beside .3 against .40."""
+    one, two = seed(OURS), seed(OURS | {"sst": 0.4})
+    results = [
+        RowResult(row(), (one,)),
+        RowResult(row(name="chan-r11", same_as="chan-r4", figures={"sst": 0.7}, score=0.6), (one,)),
+        RowResult(row(name="chan-r8", figures={"sst": 0.3}, score=0.2), (two,)),
+    ]
+    headers, rows = score_rows(results, PAPER)
+    mean, deviation = (dict(zip(headers, cells, strict=True)) for cells in rows[-2:])
+    assert (mean["published SST"], mean["our SST"]) == ("0.450", "0.440")
+    assert deviation["our SST"] == f"{0.08 / math.sqrt(2):.3f}"
+    assert mean["published para"] == "0.700"
+    assert mean["published score"] == f"{((0.533 + 0.6) / 2 + 0.2) / 2:.3f}"
+
+
 def test_the_conditions_say_what_was_run() -> None:
     real = read_published()
-    one = dataclasses.replace(seed(OURS, para_rows=22757), epoch_length=100)
+    one = seed(OURS, para_rows=22757, like="delacruz-full", epochs=1.0, epoch_length=100)
     result = RowResult(real.rows["delacruz-full"], (one,))
     headers, rows = condition_rows([result], real)
     cells = dict(zip(headers, rows[0], strict=True))
@@ -430,7 +299,9 @@ def test_costs_count_steps_tokens_and_passes(
     surgery = costs.cost(shortened(config_from_preset("chan-r8"), 0.1))
     fixed = STEP_TOKENS["full"] * 38
     assert surgery.training - fixed == pytest.approx(1.25 * (plain.training - fixed))
-    smart = costs.cost(shortened(config_from_preset("chan-r6"), 0.1))
+    every = config_from_preset("chan-r6")
+    every.smart.tasks = list(every.tasks)
+    smart = costs.cost(shortened(every, 0.1))
     assert smart.training - fixed == pytest.approx(3 * (plain.training - fixed))
     frozen = costs.cost(shortened(config_from_preset("chan-r3"), 0.1))
     assert frozen.training == 0.0
@@ -477,7 +348,10 @@ def write_run(
         "data": data,
     }
     (folder / "run.json").write_text(json.dumps(facts))
-    (folder / "config.yaml").write_text(f"epochs: {epochs}\ncurriculum: {{epoch_length: smallest}}\n")
+    sizes = "".join(f"{name}: {{batch_size: 16}}\n" for name in names)
+    (folder / "config.yaml").write_text(
+        f"tasks: [{', '.join(names)}]\nepochs: {epochs}\ncurriculum: {{epoch_length: smallest}}\n{sizes}"
+    )
     line = {
         "kind": "epoch",
         "epoch": epochs,
@@ -516,6 +390,7 @@ def test_the_page_has_tables_figure_and_failures(tmp_path: Path) -> None:
     assert "1 of 4 rows have a finished run" in page
     assert "| chan-r4 | 0.489 | 0.714 | 0.486 | 0.563 | mean | 0.500 | 0.750 | 1.000 | 0.750 |" in page
     assert "| 1 of 10 |" in page
+    assert "trained on 100 different Quora pairs, the paper's schedule has 60,480; shortened" in page
     assert "- chan-r6: failed: seed 0: out of memory \\| really" in page
     assert "- chan-r8: not run yet" in page
     assert "- peng-heads-36: not reproducible: 36 divides neither the width 768 nor 384" in page
@@ -558,9 +433,12 @@ def test_the_page_compares_epochs_phases_and_single_tasks(tmp_path: Path) -> Non
 
 
 def test_the_figure_shows_both_scores_of_every_row() -> None:
-    results = [RowResult(row(), (seed(OURS),)), RowResult(row(quora="all"), (seed(OURS, para_rows=3),))]
+    results = [RowResult(row(), (seed(OURS),)), RowResult(row(), (seed(OURS, epochs=1.0),))]
     figure = reproduction_plot(results, PAPER, Source("x", "abc"))
     panel = figure.axes[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][
+        -1
+    ] == "ours, shortened or not comparable"
     dots = [line.get_xdata()[0] for line in panel.lines if len(line.get_xdata()) == 1]
     assert dots == pytest.approx([0.56, 0.533] * 2)
     assert len(panel.get_yticklabels()) == 2
@@ -576,6 +454,33 @@ def test_unknown_rows_and_missing_data_are_refused(tmp_path: Path) -> None:
         main(["--paper", "smith"])
     with pytest.raises(ConfigError, match="--data: expected a folder"):
         main(["--rows", "chan-r4", "--output", str(tmp_path)])
+
+
+def test_selections_of_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--rows: luo-cosine is a row of luo, and --paper selects chan alone"
+    ):
+        main(["--paper", "chan", "--rows", "chan-r4,luo-cosine", "--output", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"nothing selected can be run \(peng-heads-36: 36 divides neither"):
+        main(["--rows", "peng-heads-36", "--data", "sample", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    for option, value, words in (
+        ("--seeds", "x", "expected a whole number, at least 1, found 'x'"),
+        ("--scale", "fast", "expected a number above 0, found 'fast'"),
+        ("--scale", "nan", "expected a number above 0, found 'nan'"),
+        ("--rows", ",", "expected names with commas between them, found ','"),
+    ):
+        with pytest.raises(SystemExit):
+            main([option, value])
+        assert f"argument {option}: {words}" in capsys.readouterr().err
+
+
+def test_the_table_alone_is_written_from_finished_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "chan-r4" / "seed-0", {"sst": 0.5, "para": 0.75})
+    main(["--table", "--rows", "chan-r4,chan-r6", "--output", str(tmp_path)])
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "2 of 3 rows have a finished run" in page  # chan-r11 reads the run of chan-r4
+    assert "- chan-r6: not run yet" in page
 
 
 def test_the_list_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from mtbert.evaluation.reproduction import RowResult, judge
 
 def reproduction_plot(done: Sequence[RowResult], published: Published, source: Source) -> Figure:
     """Every row with a published figure and ours: circle and dot under the row's formula, our interval, grey where the
-    two are not comparable."""
+    difference says nothing of the row."""
     shown = [(result, verdict) for result in done if (verdict := judge(result, published)) is not None]
     figure = new_figure(8.0, 1.2 + 0.24 * len(shown), source)
     panel = figure.add_subplot()
@@ -24,7 +24,7 @@ def reproduction_plot(done: Sequence[RowResult], published: Published, source: S
         score, theirs = result.score, result.row.compared
         assert score is not None
         assert theirs is not None
-        color = GREY if verdict.reasons else BLUE
+        color = BLUE if verdict.conclusive else GREY
         panel.plot([theirs, score.mean], [place, place], color="#CCCCCC", linewidth=1.0, zorder=1)
         panel.plot([score.low, score.high], [place, place], color=color, linewidth=2.4, zorder=2)
         panel.plot([score.mean], [place], color=color, marker="o", markersize=5, zorder=3)
@@ -43,7 +43,8 @@ def reproduction_plot(done: Sequence[RowResult], published: Published, source: S
         ),
         Line2D([], [], color=BLUE, marker="o", linewidth=2.4, label="ours"),
     ]
-    if any(verdict.reasons for _, verdict in shown):
-        handles.append(Line2D([], [], color=GREY, marker="o", linewidth=2.4, label="ours, not comparable"))
+    if not all(verdict.conclusive for _, verdict in shown):
+        label = "ours, shortened or not comparable"
+        handles.append(Line2D([], [], color=GREY, marker="o", linewidth=2.4, label=label))
     figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     return figure
