@@ -52,7 +52,12 @@ def main(arguments: list[str]) -> None:
         print(listing(rows, {}, None))
         return
     plans = make_plans(
-        rows, data=options.data, model=options.model, scale=options.scale, max_steps=options.max_steps
+        rows,
+        data=options.data,
+        model=options.model,
+        scale=options.scale,
+        max_steps=options.max_steps,
+        lr_factor=options.lr_factor,
     )
     if options.list:
         _list(rows, plans, options)
@@ -109,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         help="minilm, a folder, or a hub id such as bert-base-uncased (%(default)s)",
     )
     add("--scale", type=_positive, default=1.0, metavar="X", help="share of the papers' epochs (%(default)s)")
+    add(
+        "--lr-factor",
+        type=_positive,
+        default=1.0,
+        metavar="X",
+        help="multiplies the papers' learning rates, at which a shortened training hardly learns (%(default)s)",
+    )
     add("--max-steps", type=_count, metavar="N", help="steps of a run at most, where the scale leaves more")
     add(
         "--seeds", type=_count, default=1, metavar="N", help="runs of each row, seeds 0, 1, ... (%(default)s)"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtbert.cli import parse_with, preset_path, train_parser
 from mtbert.config import TrainConfig, to_dict
-from mtbert.engine.reproduction_cost import Cost, CostModel, shortened
+from mtbert.engine.reproduction_cost import Cost, CostModel, faster, shortened
 from mtbert.evaluation.published import PaperRow
 from mtbert.evaluation.reproduction_schedule import Schedule
 from mtbert.evaluation.reproduction_table import published_score
@@ -25,6 +25,8 @@ class Plan:
     common: tuple[str, ...]
     """The options that all runs share: the data and the encoder."""
     cost: Cost
+    lr_factor: float = 1.0
+    """What the preset's learning rates were multiplied by."""
 
     def arguments(self, seed: int, folder: Path, threads: int) -> list[str]:
         """The training options of one run; threads: 0 for torch's choice."""
@@ -32,6 +34,12 @@ class Plan:
         given = ["--preset", self.preset, *self.common, "--seed", str(seed), "--output", str(folder)]
         given += ["--epochs", repr(config.epochs)]
         given += ["--curriculum.epoch_length", str(config.curriculum.epoch_length)]
+        if self.lr_factor != 1:
+            given += ["--optim.lr", repr(config.optim.lr)]
+            if config.optim.head_lr is not None:
+                given += ["--optim.head_lr", repr(config.optim.head_lr)]
+            if config.pretraining.mlm_epochs:
+                given += ["--pretraining.mlm_lr", repr(config.pretraining.mlm_lr)]
         if config.curriculum.start:
             given += ["--curriculum.start", json.dumps(config.curriculum.start)]
         if config.pretraining.active:
@@ -41,11 +49,17 @@ class Plan:
 
 
 def make_plans(
-    rows: Sequence[PaperRow], *, data: str, model: str, scale: float, max_steps: int | None
+    rows: Sequence[PaperRow],
+    *,
+    data: str,
+    model: str,
+    scale: float,
+    max_steps: int | None,
+    lr_factor: float = 1.0,
 ) -> dict[str, Plan]:
     """The plans by row, of the rows that can be run; rows with the same run have the same plan.
 
-    max_steps: optimizer steps of a run at most, whatever the scale leaves.
+    max_steps: optimizer steps of a run at most, whatever the scale leaves. lr_factor: multiplies all learning rates.
     """
     parser, costs = train_parser(None), CostModel(data, model)
     common = ("--data", data, "--model.pretrained", model)
@@ -54,12 +68,13 @@ def make_plans(
         if row.impossible is not None or row.run in by_run:
             continue
         config = parse_with(parser, ["--config", str(preset_path(row.run)), *common])
+        config = faster(config, lr_factor)
         short = shortened(config, scale)
         cost = costs.cost(short)
         if max_steps is not None and cost.steps > max_steps:
             short = shortened(config, scale, max_steps, cost)
             cost = costs.cost(short)
-        by_run[row.run] = Plan(row.run, short, common, cost)
+        by_run[row.run] = Plan(row.run, short, common, cost, lr_factor)
     return {row.name: by_run[row.run] for row in rows if row.run in by_run}
 
 

@@ -165,3 +165,17 @@ def shortened(
         )
     curriculum = dataclasses.replace(config.curriculum, start=start, epoch_length=length)
     return dataclasses.replace(config, epochs=epochs, curriculum=curriculum, pretraining=pretraining)
+
+
+def faster(config: TrainConfig, factor: float) -> TrainConfig:
+    """The configuration with its learning rates times `factor`."""
+    optim = config.optim
+    head_lr = None if optim.head_lr is None else optim.head_lr * factor
+    pretraining = config.pretraining
+    if pretraining.mlm_epochs:
+        pretraining = dataclasses.replace(pretraining, mlm_lr=pretraining.mlm_lr * factor)
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(optim, lr=optim.lr * factor, head_lr=head_lr),
+        pretraining=pretraining,
+    )

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtbert.optim.adamw import OptimizerConfig
+
 
 @dataclass(frozen=True)
 class Schedule:
     """What settings say of a training's length."""
 
     epochs: float
+    lr: float
+    """Peak learning rate of the encoder."""
     mixing: str
     epoch_length: str | int
     start: Mapping[str, int]
@@ -33,6 +37,7 @@ class Schedule:
         groups = [group for group in settings.values() if isinstance(group, Mapping)]
         return cls(
             epochs=float(settings["epochs"]),
+            lr=float((settings.get("optim") or {}).get("lr", OptimizerConfig.lr)),
             mixing=curriculum.get("mixing", "parallel"),
             epoch_length=curriculum.get("epoch_length", "largest"),
             start={task: epoch for task, epoch in (curriculum.get("start") or {}).items() if epoch},
@@ -80,15 +85,18 @@ class Schedule:
             if ours != epoch:
                 when = f"joins after epoch {ours}" if ours else "takes part from the start"
                 parts.append(f"{task} {when} (paper: joins after epoch {epoch})")
+        if not math.isclose(self.lr, paper.lr, rel_tol=1e-6):
+            parts.append(f"learning rate {self.lr:.3g} (paper: {paper.lr:.3g})")
         return ", ".join(parts)
 
     def changed(self, paper: Schedule) -> str | None:
-        """How it was made shorter or longer than the paper's, in words; None where it was not."""
+        """How it was made shorter, longer or faster than the paper's, in words; None where it was not."""
         ours, theirs = (
             (s.epochs, s.epoch_length, dict(s.start), s.first_task, s.first_passes) for s in (self, paper)
         )
         if ours == theirs:
-            return None
+            same_rate = math.isclose(self.lr, paper.lr, rel_tol=1e-6)
+            return None if same_rate else f"changed (epochs: {self.text(paper)})"
         word = "lengthened" if self.epochs > paper.epochs else "shortened"
         return f"{word} (epochs: {self.text(paper)})"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mtbert.cli import parse_train
 from mtbert.config import TrainConfig
@@ -505,16 +506,21 @@ def test_two_rows_from_start_to_table(
         "--max-steps",
         "2",
     ]
-    command += ["--output", str(tmp_path / "out"), "--threads", "1"]
+    command += ["--output", str(tmp_path / "out"), "--threads", "1", "--lr-factor", "10"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     main(command)
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert "2 of 2 rows have a finished run" in page
     assert "synthetic data" in page
     assert "the run of chan-r4" in page
+    assert "learning rate 0.0001 (paper: 1e-05)" in page
+    settings = yaml.safe_load((tmp_path / "out" / "chan-r4" / "seed-0" / "config.yaml").read_text())
+    assert settings["optim"]["lr"] == pytest.approx(1e-4)
     assert [entry.name for entry in (tmp_path / "out").glob("chan-*")] == ["chan-r4"]
     assert "chan-r4 seed 0: done" in capsys.readouterr().out
     main(command)
     assert "done" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"chan-r4/seed-0 was run with epochs .* give another --output"):
         main([*command, "--max-steps", "3"])
+    with pytest.raises(ConfigError, match=r"was run with optim\.lr 0\.0001"):
+        main([*command, "--lr-factor", "1"])

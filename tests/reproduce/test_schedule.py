@@ -108,3 +108,12 @@ def test_what_was_changed() -> None:
     )
     assert schedule("peng-run-292", start={}).lost_starts(schedule("peng-run-292")) == ["sst"]
     assert schedule("peng-run-292", start={"sst": 1}).lost_starts(schedule("peng-run-292")) == []
+
+
+def test_other_learning_rates_are_told() -> None:
+    paper = schedule("chan-r4")
+    assert paper.changed(paper) is None
+    faster = schedule("chan-r4", lr=1e-4)
+    assert faster.changed(paper) == "changed (epochs: 10 of 10, learning rate 0.0001 (paper: 1e-05))"
+    both = schedule("chan-r4", lr=1e-4, epochs=2.0)
+    assert both.changed(paper) == "shortened (epochs: 2 of 10, learning rate 0.0001 (paper: 1e-05))"
