@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=1.0,
         metavar="X",
-        help="multiplies the papers' learning rates, at which a shortened training hardly learns (%(default)s)",
+        help="multiplies the learning rates of rows that train the encoder, for shortened trainings (%(default)s)",
     )
     add("--max-steps", type=_count, metavar="N", help="steps of a run at most, where the scale leaves more")
     add(

@@ -34,7 +34,7 @@ class Plan:
         given = ["--preset", self.preset, *self.common, "--seed", str(seed), "--output", str(folder)]
         given += ["--epochs", repr(config.epochs)]
         given += ["--curriculum.epoch_length", str(config.curriculum.epoch_length)]
-        if self.lr_factor != 1:
+        if self.lr_factor != 1 and config.mode != "last-linear-layer":
             given += ["--optim.lr", repr(config.optim.lr)]
             if config.optim.head_lr is not None:
                 given += ["--optim.head_lr", repr(config.optim.head_lr)]

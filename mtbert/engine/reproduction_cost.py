@@ -168,7 +168,9 @@ def shortened(
 
 
 def faster(config: TrainConfig, factor: float) -> TrainConfig:
-    """The configuration with its learning rates times `factor`."""
+    """The configuration with its learning rates times `factor`; heads over a frozen encoder keep theirs."""
+    if config.mode == "last-linear-layer":
+        return config
     optim = config.optim
     head_lr = None if optim.head_lr is None else optim.head_lr * factor
     pretraining = config.pretraining

@@ -17,7 +17,7 @@ import yaml
 
 from mtbert.cli import parse_train
 from mtbert.config import TrainConfig
-from mtbert.engine.reproduction_cost import STEP_TOKENS, Cost, CostModel, shortened
+from mtbert.engine.reproduction_cost import STEP_TOKENS, Cost, CostModel, faster, shortened
 from mtbert.errors import ConfigError
 from mtbert.evaluation.bootstrap import Interval
 from mtbert.evaluation.plots.reproduction import reproduction_plot
@@ -280,6 +280,13 @@ def test_scale_and_steps_shorten_a_row(
     config = config_from_preset(preset)
     short = shortened(config, scale, steps, Cost(1000, 100, 0.0, 0.0))
     assert (short.epochs, short.curriculum.epoch_length, short.curriculum.start) == expected
+
+
+def test_faster_rates_are_for_trained_encoders() -> None:
+    config = config_from_preset("chan-r4")
+    assert faster(config, 10.0).optim.lr == pytest.approx(1e-4)
+    frozen = config_from_preset("chan-r3")
+    assert faster(frozen, 10.0) == frozen
 
 
 def test_further_pretraining_is_shortened_alike() -> None:
