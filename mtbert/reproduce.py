@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> None:
         model=options.model,
         scale=options.scale,
         max_steps=options.max_steps,
+        max_work=options.max_tokens,
         lr_factor=options.lr_factor,
     )
     if options.list:
@@ -122,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         help="multiplies the learning rates of rows that train the encoder, for shortened trainings (%(default)s)",
     )
     add("--max-steps", type=_count, metavar="N", help="steps of a run at most, where the scale leaves more")
+    add(
+        "--max-tokens",
+        type=_positive,
+        metavar="X",
+        help="training tokens of a run at most, each counted as often as it passes through the encoder: rows of small"
+        " batches get more steps than under --max-steps, for the same time",
+    )
     add(
         "--seeds", type=_count, default=1, metavar="N", help="runs of each row, seeds 0, 1, ... (%(default)s)"
     )

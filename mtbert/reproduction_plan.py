@@ -55,11 +55,13 @@ def make_plans(
     model: str,
     scale: float,
     max_steps: int | None,
+    max_work: float | None = None,
     lr_factor: float = 1.0,
 ) -> dict[str, Plan]:
     """The plans by row, of the rows that can be run; rows with the same run have the same plan.
 
-    max_steps: optimizer steps of a run at most, whatever the scale leaves. lr_factor: multiplies all learning rates.
+    max_steps: optimizer steps of a run at most, whatever the scale leaves. max_work: training tokens of a run at most,
+    counted as in `Cost`. lr_factor: multiplies all learning rates.
     """
     parser, costs = train_parser(None), CostModel(data, model)
     common = ("--data", data, "--model.pretrained", model)
@@ -71,8 +73,11 @@ def make_plans(
         config = faster(config, lr_factor)
         short = shortened(config, scale)
         cost = costs.cost(short)
-        if max_steps is not None and cost.steps > max_steps:
-            short = shortened(config, scale, max_steps, cost)
+        limits = [] if max_steps is None else [max_steps]
+        if max_work is not None and cost.training > max_work:
+            limits.append(max(1, int(cost.steps * max_work / cost.training)))
+        if limits and cost.steps > min(limits):
+            short = shortened(config, scale, min(limits), cost)
             cost = costs.cost(short)
         by_run[row.run] = Plan(row.run, short, common, cost, lr_factor)
     return {row.name: by_run[row.run] for row in rows if row.run in by_run}

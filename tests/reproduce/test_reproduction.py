@@ -28,6 +28,7 @@ from mtbert.evaluation.reproduction import RowResult, SeedResult, Verdict, judge
 from mtbert.evaluation.reproduction_page import CSV, PAGE, PLOT, Reproduction, write_reproduction
 from mtbert.evaluation.reproduction_table import condition_rows, csv_text, score_rows
 from mtbert.reproduce import main
+from mtbert.reproduction_plan import make_plans
 from mtbert.tasks.registry import TASKS
 
 # ---- the table ----
@@ -280,6 +281,23 @@ def test_scale_and_steps_shorten_a_row(
     config = config_from_preset(preset)
     short = shortened(config, scale, steps, Cost(1000, 100, 0.0, 0.0))
     assert (short.epochs, short.curriculum.epoch_length, short.curriculum.start) == expected
+
+
+def test_rows_are_cut_to_the_same_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    published = read_published()
+    rows = [published.rows[name] for name in ("chan-r4", "chan-r8", "crichton-final", "chan-r3")]
+    plans = make_plans(rows, data="sample", model=str(tiny_bert), scale=1.0, max_steps=None, max_work=150_000)
+    work = {name: plan.cost.training for name, plan in plans.items()}
+    assert work.pop("chan-r3") == 0  # features of a frozen encoder cost the same however long the heads train
+    assert all(130_000 < tokens <= 151_000 for tokens in work.values()), work
+    assert plans["chan-r8"].cost.steps < plans["chan-r4"].cost.steps < plans["crichton-final"].cost.steps
+    fewer = make_plans(
+        rows[:1], data="sample", model=str(tiny_bert), scale=1.0, max_steps=3, max_work=150_000
+    )
+    assert fewer["chan-r4"].cost.steps == 3
 
 
 def test_faster_rates_are_for_trained_encoders() -> None:
