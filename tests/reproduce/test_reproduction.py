@@ -376,7 +376,8 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(facts))
     sizes = "".join(f"{name}: {{batch_size: 16}}\n" for name in names)
     (folder / "config.yaml").write_text(
-        f"tasks: [{', '.join(names)}]\nepochs: {epochs}\ncurriculum: {{epoch_length: smallest}}\n{sizes}"
+        f"tasks: [{', '.join(names)}]\nepochs: {epochs}\noptim: {{lr: 1.0e-5}}\n"
+        f"curriculum: {{epoch_length: smallest}}\n{sizes}"
     )
     line = {
         "kind": "epoch",
