@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mtbert.curriculum import Curriculum, build_curriculum
+from mtbert.curriculum import Curriculum
 from mtbert.engine.build import (
     Machine,
     TaskSplits,
     build_forward,
+    curriculum_of,
     load_model,
     prepare_data,
     prepare_machine,
@@ -57,13 +58,7 @@ def assemble(config: TrainConfig) -> Parts:
     losses = task_losses(config, machine, data)
     train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
     batches = task_batches(config, data)
-    curriculum = build_curriculum(
-        batches,
-        config.curriculum,
-        sizes={name: len(b.examples) for name, b in batches.items()},
-        seed=config.seed,
-        epochs=config.epochs,
-    )
+    curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
     evaluator = Evaluator(
         forward,

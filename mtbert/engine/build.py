@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mtbert.curriculum import Curriculum, build_curriculum
 from mtbert.data.batching import TaskBatches
 from mtbert.data.dataset import Form, TaskData
 from mtbert.data.tables import Table
@@ -168,6 +169,17 @@ def task_batches(config: TrainConfig, data: TaskSplits) -> dict[str, TaskBatches
         )
         for name in config.tasks
     }
+
+
+def curriculum_of(config: TrainConfig, batches: Mapping[str, TaskBatches]) -> Curriculum:
+    """Which examples come next, over these batches."""
+    return build_curriculum(
+        batches,
+        config.curriculum,
+        sizes={name: len(each.examples) for name, each in batches.items()},
+        seed=config.seed,
+        epochs=config.epochs,
+    )
 
 
 def head_specs(config: TrainConfig) -> list[HeadSpec]:

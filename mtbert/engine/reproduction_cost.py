@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtbert.curriculum import build_curriculum
 from mtbert.data.dataset import TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser
-from mtbert.engine.build import task_batches, task_data, tasks_of, token_cache
+from mtbert.engine.build import curriculum_of, task_batches, task_data, tasks_of, token_cache
 from mtbert.model.pretrained import resolve
 from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import get_task
@@ -61,13 +60,7 @@ class CostModel:
         """Steps and tokens of a run. A step's objectives and surgery count by rule of thumb."""
         data = {name: self._splits(config, name) for name in config.tasks}
         batches = task_batches(config, data)
-        curriculum = build_curriculum(
-            batches,
-            config.curriculum,
-            sizes={name: len(each.examples) for name, each in batches.items()},
-            seed=config.seed,
-            epochs=config.epochs,
-        )
+        curriculum = curriculum_of(config, batches)
         steps = curriculum.total_steps
         sampled = np.linspace(0, steps - 1, min(steps, _SAMPLED_STEPS)).astype(int)
         turns = Counter(
