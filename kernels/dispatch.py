@@ -6,6 +6,7 @@ variable MTBERT_KERNELS chooses: `auto` takes the first row that serves, a name 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,30 @@ def _cpu(operation: str, function: str, *more: Condition) -> Row:
     return Row(operation, "cpu", ("cpu",), conditions, "C++ for host memory")
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, on tensors in host memory (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+_TRITON_INSTALLED = Condition(
+    lambda _: importlib.util.find_spec("triton") is not None, "the package triton must be installed"
+)
+# The interpreter is a thousand times slower than anything else: only whoever asks for Triton by name gets it.
+_TRITON_DEVICE = Condition(
+    lambda facts: (
+        facts["device"] == "cuda"
+        or (facts["device"] == "cpu" and backend() == "triton" and triton_interpreted())
+    ),
+    "the tensors must be on a cuda device (or on a cpu, with kernels=triton and TRITON_INTERPRET=1)",
+)
+
+
+def _triton(operation: str, *more: Condition) -> Row:
+    floats = _dtype(torch.float32, torch.bfloat16, torch.float16)
+    conditions = (_TRITON_DEVICE, floats, _TRITON_INSTALLED, *more)
+    return Row(operation, "triton", ("triton",), conditions, "Triton")
+
+
 def _reference(operation: str) -> Row:
     return Row(operation, "reference", ("reference",), (), "plain PyTorch serves every device and dtype")
 
@@ -84,6 +109,10 @@ _HEAD_DIM = Condition(
     lambda facts: facts.get("head_dim", 64) % 16 == 0 and facts.get("head_dim", 64) <= 128,
     "the head dimension must be a multiple of 16 up to 128",
 )
+_TRITON_HEAD_DIM = Condition(
+    lambda facts: facts.get("head_dim", 64) in (16, 32, 64, 128),
+    "the head dimension must be 16, 32, 64 or 128",
+)
 _ROW_LENGTH = Condition(
     lambda facts: facts.get("max_seqlen", 512) <= 4096, "rows may be at most 4096 tokens long (max_seqlen)"
 )
@@ -93,8 +122,16 @@ _TABLE_DTYPE = Condition(
     "the tables' dtype must be float32 or bfloat16",
 )
 
+_TRITON_WIDTH = Condition(
+    lambda facts: 1 <= facts.get("width", 768) <= 8192, "rows must be 1 to 8192 columns wide"
+)
+_FEW_TYPES = Condition(
+    lambda facts: facts.get("types", 2) <= 8, "the token_type table must have at most 8 rows"
+)
+
 TABLE: tuple[Row, ...] = (
     _cpu("dropout", "dropout"),
+    _triton("dropout"),
     Row(
         "dropout",
         "cuda",
@@ -104,12 +141,18 @@ TABLE: tuple[Row, ...] = (
     ),
     _reference("dropout"),
     _cpu("attention", "attention_forward", _HEAD_DIM, _ROW_LENGTH),
+    _triton("attention", _TRITON_HEAD_DIM, _ROW_LENGTH),
     _reference("attention"),
+    _triton("softmax"),
+    _reference("softmax"),
     _cpu("embedding", "embedding_forward", _TABLE_DTYPE),
+    _triton("embedding", _TRITON_WIDTH, _TABLE_DTYPE, _FEW_TYPES),
     _reference("embedding"),
     _cpu("add_layer_norm", "add_layer_norm_forward"),
+    _triton("add_layer_norm", _TRITON_WIDTH),
     _reference("add_layer_norm"),
     _cpu("bias_gelu", "bias_gelu_forward"),
+    _triton("bias_gelu"),
     _reference("bias_gelu"),
     _products_cpu("linear"),
     _products("linear"),
@@ -164,7 +207,8 @@ def _failures(row: Row, facts: Facts) -> list[str]:
 def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> tuple[str, str]:
     """The implementation that serves a call, and why it does.
 
-    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen, table_dtype).
+    device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen,
+    table_dtype, width, types).
     Raises ConfigError where the backend was chosen by name and cannot serve the call.
     """
     if operation not in OPERATIONS:

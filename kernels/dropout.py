@@ -47,6 +47,10 @@ def apply_mask(x: Tensor, dropout_row: Tensor, dropout: Dropout) -> Tensor:
     implementation, _ = dispatch.select("dropout", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
         return reference.dropout(x, dropout_row, dropout)
+    if implementation == "triton":
+        from .triton_ops.dropout import dropout as fused
+
+        return fused(x, dropout_row, dropout)
     out = torch.empty_like(x)
     if implementation == "cpu":
         extension.cpu().dropout(

@@ -51,7 +51,7 @@ def dropout_arguments(dropout_row: torch.Tensor | None, dropout: Dropout | None)
     return {
         "dropout_row": dropout_row.data_ptr(),
         "seed": dropout.seed,
-        "step": dropout.step,
+        "step": int(dropout.step),
         "site": dropout.site,
         "threshold": dropout.threshold,
     }

@@ -25,21 +25,28 @@ HEAD_COLUMNS = 4096
 class Dropout:
     """What a dropout mask is a function of, beside the rows and columns it covers.
 
-    p: rate in [0, 1), in steps of 1 / 65536; seed: the run's, 64 bits; step: the global step, 32 bits; site: the
-    place in the model (and the forward pass within the step), 32 bits.
+    p: rate in [0, 1), in steps of 1 / 65536; seed: the run's, 64 bits; step: the global step, 32 bits, or an int64
+    tensor of one element on the device of the masked tensors, so that a captured graph draws new masks at every
+    replay; site: the place in the model (and the forward pass within the step), 32 bits.
     """
 
     p: float
     seed: int
-    step: int
+    step: int | Tensor
     site: int
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.p < 1.0:
             raise ValueError(f"Dropout: p must be in [0, 1), got {self.p}")
+        step = self.step
+        if isinstance(step, Tensor) and (step.numel() != 1 or step.dtype != torch.int64):
+            found = f"{step.dtype} {list(step.shape)}"
+            raise ValueError(
+                f"Dropout: step must be an integer or an int64 tensor of one element, got {found}"
+            )
         for name, bits in (("seed", 64), ("step", 32), ("site", 32)):
             value = getattr(self, name)
-            if not 0 <= value < 1 << bits:
+            if not isinstance(value, Tensor) and not 0 <= value < 1 << bits:
                 raise ValueError(f"Dropout: {name} must be in [0, 2**{bits}), got {value}")
 
     @property

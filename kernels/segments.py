@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -29,6 +29,8 @@ class Segments:
     """int32 [tokens]: with it, the companion of the embedding's word table is `[K, slots in use, C]`, and row
     slots[t] of it belongs to the word of token t. A dense table would be almost all zeros."""
 
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
     def __post_init__(self) -> None:
         bounds = self.bounds
         if len(bounds) < 2 or bounds[0] != 0 or any(high < low for low, high in pairwise(bounds)):
@@ -38,6 +40,12 @@ class Segments:
     def count(self) -> int:
         """K."""
         return len(self.bounds) - 1
+
+    def bounds_on(self, device: torch.device) -> Tensor:
+        """The bounds as an int32 tensor [K + 1] on `device`: copied once, whatever the number of operations."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+        return self._on_device[device]
 
     def ranges(self) -> list[slice]:
         """The tokens of each group."""

@@ -14,6 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Without a GPU Triton's interpreter runs the kernels on host memory. Set before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:  # tests/support is imported as `support`
     sys.path.insert(0, str(TESTS))
