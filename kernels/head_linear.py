@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import dispatch, reference
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, split
 from .linear import row_sums
@@ -21,8 +22,8 @@ def head_linear(
 
     x: [T, H, D], contiguous; weight: [H, E, D]; bias: [H * E] or None; parameters of any floating dtype: they are
     cast to that of x, and their gradients come back in theirs. segments: groups of the T rows; a parameter's companion
-    gets one gradient a group instead of the parameter. Returns [T, H, E] in the dtype of x. The products are PyTorch's
-    under every backend. Raises ValueError naming the argument that does not fit.
+    gets one gradient a group instead of the parameter. Returns [T, H, E] in the dtype of x. Raises ValueError naming
+    the argument that does not fit.
     """
     check_tensor("head_linear", "x", x, (None, None, None))
     check_parameter("head_linear", "weight", weight, (x.shape[1], None, x.shape[2]), x)
@@ -30,6 +31,9 @@ def head_linear(
         check_parameter("head_linear", "bias", bias, (weight.shape[0] * weight.shape[1],), x)
     named = {"weight": weight, "bias": bias}
     groups, parameters, companions = split("head_linear", segments, x.shape[0], named)
+    implementation, _ = dispatch.select("head_linear", device=x.device.type, dtype=x.dtype)
+    if implementation == "reference":
+        return reference.head_linear(x, weight, bias, segments=segments)
     return _HeadLinear.apply(x, groups, *parameters, *companions)
 
 

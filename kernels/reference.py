@@ -24,6 +24,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "embedding",
+    "head_linear",
     "linear",
     "lora_linear",
     "lora_qkv",
@@ -219,6 +220,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments
 
     def call(rows: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x[rows], weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    return _of_groups(segments, (weight, bias), call)
+
+
+def head_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments | None = None
+) -> Tensor:
+    """weight[h] x[t, h] + bias[h] in the dtype of x; bias: [H * E]."""
+
+    def call(rows: slice, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.einsum("thd,hed->the", x[rows], weight.to(x.dtype)).contiguous()
+        return out if bias is None else out + bias.to(x.dtype).view(weight.shape[:2])
 
     return _of_groups(segments, (weight, bias), call)
 

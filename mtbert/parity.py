@@ -137,6 +137,7 @@ def _cases(device: str) -> list[Case]:
         "dropout_row": torch.tensor(rows, dtype=torch.int32, device=device),
         "dropout": _DROPOUT,
     }
+    lengths = whole(_WIDTH + 1)
     ids, types = whole(_VOCABULARY), whole(2)
     positions = torch.tensor([row % 4096 for row in rows], dtype=torch.int32, device=device)
     x, weight, bias = random(tokens, _WIDTH), random(_INNER, _WIDTH) / 8, random(_INNER)
@@ -199,6 +200,18 @@ def _cases(device: str) -> list[Case]:
             {"x": x},
             {"weight": weight, "bias": bias},
             lambda module, t, _: module.linear(t["x"], t["weight"], t["bias"]),
+        ),
+        Case(
+            "head_linear",
+            {"x": random(tokens, _HEADS, _HEAD_DIM)},
+            {"weight": random(_HEADS, 16, _HEAD_DIM) / 8, "bias": random(_HEADS * 16)},
+            lambda module, t, _: module.head_linear(t["x"], t["weight"], t["bias"]),
+        ),
+        Case(
+            "softmax",
+            {"x": x},
+            {},
+            lambda module, t, _: module.softmax(t["x"], lengths=lengths, **mask),
         ),
         Case("lora_linear", {"x": x}, {"weight": weight, "bias": bias, **adapter}, lora_linear),
         Case(

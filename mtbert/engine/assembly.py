@@ -17,6 +17,7 @@ from mtbert.engine.build import (
     task_batches,
     tasks_of,
 )
+from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
@@ -48,6 +49,7 @@ class Parts:
 
 def assemble(config: TrainConfig) -> Parts:
     """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it."""
+    check_effect(config)
     machine = prepare_machine(config)
     tasks = tasks_of(config)
     tables = load_tables(config.data, list(tasks.values()))

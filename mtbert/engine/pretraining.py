@@ -24,6 +24,7 @@ from mtbert.evaluation.history import History, read_history
 from mtbert.evaluation.metrics import TaskScores
 from mtbert.model.build import ModelConfig
 from mtbert.model.pretrained import ENCODER_FOLDER
+from mtbert.optim.adamw import OptimizerConfig
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import TASKS
 
@@ -124,7 +125,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
         own = type(config)(
             **{field: getattr(config, field) for field in kept},
             model=model,
-            optim=replace(config.optim, lora_plus_ratio=1.0),
+            optim=replace(config.optim, lora_plus_ratio=1.0, uncertainty_lr=OptimizerConfig.uncertainty_lr),
             schedule=config.schedule,
             evaluation=replace(config.evaluation, patience=0),
             run=config.run,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtbert.kernels.head_linear import head_linear
-from mtbert.kernels.segments import Segments, companion
+from mtbert.kernels import Segments, dispatch, head_linear
+from mtbert.kernels.segments import companion
 
 TOKENS, HEADS, SIZE, OUT = 11, 3, 4, 5
 BOUNDS = (0, 4, 4, 11)
@@ -36,8 +37,14 @@ def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     ]
 
 
+@pytest.fixture(params=["auto", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with dispatch.use_backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_every_head_has_its_own_map(with_bias: bool):
+def test_every_head_has_its_own_map(backend: str, with_bias: bool):
     inputs = leaves() if with_bias else leaves()[:2]
     arguments = [*inputs, None][:3]
     found, expected = head_linear(*arguments), by_hand(*arguments)
@@ -52,7 +59,7 @@ def test_every_head_has_its_own_map(with_bias: bool):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_gradients_by_group():
+def test_gradients_by_group(backend: str):
     x, weight, bias = leaves()
     companions = {weight: companion(weight, 3), bias: companion(bias, 3)}
     found = head_linear(x, weight, bias, segments=Segments(BOUNDS, companions))
@@ -81,7 +88,7 @@ def test_a_frozen_weight_gets_none_and_a_single_companion_is_enough():
     assert x.grad is not None
 
 
-def test_bfloat16_activations_over_float32_parameters():
+def test_bfloat16_activations_over_float32_parameters(backend: str):
     x, weight, bias = leaves(torch.float32)
     found = head_linear(x.bfloat16(), weight, bias)
     assert found.dtype == torch.bfloat16

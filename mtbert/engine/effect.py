@@ -1,0 +1,57 @@
+"""Settings that nothing would read: refused before a run begins, because whoever gave them expects an effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from mtbert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mtbert.config import TrainConfig
+
+_OBJECTIVES = ("simcse", "mnrl", "cosine_embedding", "triplet", "smart", "bregman")
+
+
+def check_effect(config: TrainConfig) -> None:
+    """Raise ConfigError for a setting that differs from its default while what reads it is off."""
+    for name in _OBJECTIVES:
+        group = getattr(config, name)
+        if not group.tasks:
+            _refuse(name, group, f"{name}.tasks is empty", f"{name}.tasks with one or more of {config.tasks}")
+    if config.mode != "lora":
+        _refuse("model.lora", config.model.lora, f"the mode is {config.mode}", "mode lora")
+    pretraining = config.pretraining
+    if not pretraining.mlm_epochs:
+        off = "pretraining.mlm_epochs is 0"
+        fields = ("mlm_lr", "mlm_batch_tokens", "mlm_probability")
+        _refuse("pretraining", pretraining, off, "pretraining.mlm_epochs above 0", only=fields)
+    if pretraining.task is None:
+        off = "pretraining.task is not given"
+        _refuse("pretraining", pretraining, off, "pretraining.task", only=("task_epochs",))
+    if not config.unfreezing.gradual:
+        off = "unfreezing.gradual is false"
+        _refuse("unfreezing", config.unfreezing, off, "unfreezing.gradual true", only=("epochs_per_layer",))
+    for method, path, group, name in (
+        ("gradvac", "surgery", config.surgery, "gradvac_decay"),
+        ("cagrad", "surgery", config.surgery, "cagrad_c"),
+        ("uncertainty", "optim", config.optim, "uncertainty_lr"),
+    ):
+        if config.surgery.method != method:
+            off = f"surgery.method is {config.surgery.method}"
+            _refuse(path, group, off, f"surgery.method {method}", only=(name,))
+
+
+def _refuse(path: str, group: Any, off: str, possible: str, only: tuple[str, ...] | None = None) -> None:
+    """Raise ConfigError for the first of the group's fields (`only` these) that is not at its default."""
+    for entry in dataclasses.fields(group):
+        if only is not None and entry.name not in only:
+            continue
+        made = entry.default_factory
+        default = entry.default if made is dataclasses.MISSING else made()
+        found = getattr(group, entry.name)
+        if found != default:
+            raise ConfigError(
+                f"{path}.{entry.name}: {found} would have no effect, because {off}; possible: {possible}, or"
+                f" {path}.{entry.name} {default}"
+            )
