@@ -45,10 +45,15 @@ def add_layer_norm(
     groups, parameters, companions = split(
         name, segments, x.shape[0], {"weight": weight, "bias": bias, "linear_bias": linear_bias}
     )
-    implementation, _ = dispatch.select(name, device=x.device.type, dtype=x.dtype)
+    implementation, _ = dispatch.select(name, device=x.device.type, dtype=x.dtype, width=x.shape[1])
+    rows = None if active is None else dropout_row
     if implementation == "cpu":
-        rows = None if active is None else dropout_row
         return _AddLayerNormCpu.apply(x, residual, eps, rows, active, groups, *parameters, *companions)
+    if implementation == "triton":
+        from .triton_ops.add_layer_norm import add_layer_norm as fused
+
+        bounds = None if segments is None or len(groups) == 1 else segments.bounds_on(x.device)
+        return fused(x, residual, parameters, companions, eps, rows, active, bounds, len(groups))
     return reference.add_layer_norm(
         x,
         residual,

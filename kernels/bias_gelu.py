@@ -27,6 +27,11 @@ def bias_gelu(x: Tensor, bias: Tensor, *, segments: Segments | None = None) -> T
     implementation, _ = dispatch.select("bias_gelu", device=x.device.type, dtype=x.dtype)
     if implementation == "cpu":
         return _BiasGeluCpu.apply(x, groups, *parameters, *companions)
+    if implementation == "triton":
+        from .triton_ops.bias_gelu import bias_gelu as fused
+
+        bounds = None if segments is None or len(groups) == 1 else segments.bounds_on(x.device)
+        return fused(x, parameters, companions, bounds, len(groups))
     return reference.bias_gelu(x, bias, segments=segments)
 
 

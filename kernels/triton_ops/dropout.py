@@ -85,5 +85,6 @@ def dropout_kernel(
         step_pointer,
         COLUMNS // 8,
     )
-    value = tl.load(x + offset, mask=inside & kept, other=0.0).to(tl.float32) * scale
-    tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
+    # Selected after the load: a condition of each element's own would load each by itself.
+    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(out + offset, tl.where(kept, value, 0.0).to(out.dtype.element_ty), mask=inside)
