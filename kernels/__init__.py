@@ -30,6 +30,7 @@ else:
     from .linear import linear
     from .lora_linear import lora_linear, lora_qkv
     from .segments import Segments
+    from .softmax import softmax
 
     __all__ = [
         "Dropout",
@@ -43,4 +44,5 @@ else:
         "linear",
         "lora_linear",
         "lora_qkv",
+        "softmax",
     ]

@@ -36,7 +36,8 @@ def embedding(
     none is computed for a frozen one. segments: groups of the T tokens; a parameter's companion gets one gradient a
     group instead of the parameter; that of the word table is by slot where the segments have slots. Raises ValueError
     naming the argument that does not fit; an index outside its table raises ValueError on a CPU (a slot: in the
-    backward pass).
+    backward pass). A GPU cannot raise: there the Triton kernel reads nothing outside a table and makes the token's
+    result NaN, and with it the gradients that it takes part in; a token whose slot is outside adds to no slot.
     """
     name = "embedding"
     words, position_table, types = tables
@@ -58,12 +59,24 @@ def embedding(
         zip((word_name, position_name, type_name, "weight", "bias"), (*tables, weight, bias), strict=True)
     )
     groups, parameters, companions = split(name, segments, ids.shape[0], named, slotted=word_name)
-    implementation, _ = dispatch.select(name, device=ids.device.type, dtype=dtype, table_dtype=words.dtype)
+    implementation, _ = dispatch.select(
+        name,
+        device=ids.device.type,
+        dtype=dtype,
+        table_dtype=words.dtype,
+        width=words.shape[1],
+        types=types.shape[0],
+    )
     if implementation == "cpu":
         rows = None if active is None else dropout_row
         slots = slots if companions[0] is not None else None
         options = (eps, dtype, rows, active, groups, slots)
         return _EmbeddingCpu.apply(ids, type_ids, positions, *options, *parameters, *companions)
+    if implementation == "triton":
+        from .triton_ops.embedding import embedding as fused
+
+        rows = None if active is None else dropout_row
+        return fused(ids, type_ids, positions, parameters, companions, segments, eps, dtype, rows, active)
     return reference.embedding(
         ids,
         type_ids,

@@ -29,6 +29,7 @@ __all__ = [
     "lora_linear",
     "lora_qkv",
     "philox4x32",
+    "softmax",
 ]
 
 _MAX_SCORES = 1 << 24
@@ -75,6 +76,24 @@ def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
 def dropout(x: Tensor, dropout_row: Tensor, dropout: Dropout | None) -> Tensor:
     """Dropout of x [T, C] by the stateless mask."""
     return _drop(_wide(x), dropout_row, dropout).to(x.dtype)
+
+
+def softmax(
+    x: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Softmax of the leading lengths[m] columns of each row of x [M, C], zeros beyond, then dropout."""
+    if lengths is None:
+        probabilities = _wide(x).softmax(dim=1)
+    else:
+        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        # An empty row is NaN between the two selections, which keep it out of the result and of the gradient.
+        probabilities = torch.where(inside, _wide(x), -math.inf).softmax(dim=1)
+        probabilities = torch.where(inside, probabilities, 0.0)
+    return _drop(probabilities, dropout_row, dropout).to(x.dtype)
 
 
 def attention(
