@@ -1,0 +1,101 @@
+"""All that is to be known on a machine with a GPU, in under ten minutes, into one folder.
+
+    python -m bench.gpu --output FOLDER
+
+Builds and installs nothing. In turn, each with a limit of time: the doctor; the tests of the kernels, which run on the
+GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for them; the compile report. Every
+part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
+no GPU; 1: a part failed or ran out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 580
+_TAIL = 4000
+"""Characters of a part's output that are shown; all of it is in the file."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command, and how long it may take."""
+
+    name: str
+    command: list[str]
+    seconds: int
+
+
+def parts(output: Path, cores: int) -> list[Part]:
+    """The parts, the most useful first: those behind may be cut short."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    spread = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") else []
+    record = ["--results", str(output), f"--benchmark-json={output / 'rounds.json'}"]
+    report = ["--quick", "--processes", str(max(1, cores // 2)), "--markdown", str(output / "compiled.md")]
+    return [
+        Part("doctor", [sys.executable, "-m", "mtbert.doctor"], 60),
+        Part("tests", [*pytest, "tests/kernels", "--durations=10", *spread], 240),
+        Part("kernels", [*pytest, "bench/test_kernels.py", "--device", "cuda", *record], 360),
+        Part("report", [sys.executable, "-m", "bench.kernel_report", *report], 120),
+    ]
+
+
+def run(part: Part, output: Path, seconds: float) -> str:
+    """Run a part with its output in a file; returns `ok`, or what went wrong."""
+    path = output / f"{part.name}.txt"
+    with path.open("w", encoding="utf-8") as file:
+        # A group of its own, so that a limit ends the processes that it started too.
+        process = subprocess.Popen(
+            part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {seconds:.0f} s"
+    return "ok" if code == 0 else f"exit code {code}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of what is found")
+    parser.add_argument("--only", nargs="+", help="only these parts: doctor, tests, kernels, report")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("there is no GPU here that PyTorch can use: nothing was run", file=sys.stderr)
+        return 2
+    options.output.mkdir(parents=True, exist_ok=True)
+    output = options.output.resolve()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    begin, results = time.monotonic(), {}
+    for part in parts(output, os.cpu_count() or 1):
+        if options.only and part.name not in options.only:
+            continue
+        left = SECONDS - (time.monotonic() - begin)
+        started = time.monotonic()
+        found = run(part, output, min(part.seconds, left)) if left > 5 else "no time left"
+        results[part.name] = found
+        print(f"==== {part.name}: {found}, {time.monotonic() - started:.0f} s", flush=True)
+        path = output / f"{part.name}.txt"
+        if path.is_file():
+            print(path.read_text(encoding="utf-8", errors="replace")[-_TAIL:], flush=True)
+    print("\n".join(f"{name}: {found}" for name, found in results.items()))
+    return 0 if all(found == "ok" for found in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
