@@ -26,11 +26,10 @@ def attention(
 
     qkv: [T, 3, H, D], contiguous: queries, keys and values of the packed tokens. cu_seqlens: int32 [N + 1], ascending
     within 0 to T: sequence n is tokens cu_seqlens[n] : cu_seqlens[n + 1]; empty ones are allowed. max_seqlen: at least
-    the longest length. dropout_row: int32 [T], the mask's row of each query token; the mask's column is
-    4096 head + key position. A sequence longer than max_seqlen is an error where its length can be read without
-    waiting for a device; where it cannot, all its outputs and gradients are NaN. Returns [T, H, D] in the dtype of
-    qkv, zeros for tokens of no sequence; nothing such a token holds reaches any output or gradient. Raises ValueError
-    naming the argument that does not fit.
+    the longest length; the C++ kernels refuse a longer sequence, the Triton kernels, for which no length is read on the
+    host, give NaN for all its outputs and gradients. dropout_row: int32 [T], the mask's row of each query token; the
+    mask's column is 4096 head + key position. Returns [T, H, D] in the dtype of qkv, zeros for tokens of no sequence;
+    nothing such a token holds reaches any output or gradient. Raises ValueError naming the argument that does not fit.
     """
     check_tensor("attention", "qkv", qkv, (None, 3, None, None))
     check_tensor("attention", "cu_seqlens", cu_seqlens, (None,), dtypes=(torch.int32,), device=qkv.device)

@@ -4,7 +4,7 @@ Forward (Dao et al. 2022; Milakov and Gimelshein 2018): a program for each (sequ
 over the keys once, rescaling what it has when a higher score appears, and leaves the logarithm (base 2) of each row's
 sum of exponentials. Backward, without atomics and so deterministic, in two launches: for each block of queries dQ,
 and on the way delta; then for each block of keys dK and dV. In elements, beside the blocks that are read again from
-the second level cache: forward 4 T H D, as little as can be; backward 13 T H D (queries: q, k, v, output, gradient,
+the second level cache: forward 4 T H D, as little as can be; backward 12 T H D (queries: q, k, v, output, gradient,
 dq; keys: q, k, v, gradient, dk, dv; the two float32 numbers a row and head are no more than D / 16 of that), of
 which 7 are the minimum. From about 300 tokens on the matrix products and, with dropout, Philox (drawn three times in
 all) set the pace, not these bytes: 64 x 64 tiles keep both in registers, with enough programs to hide their waiting.
@@ -50,7 +50,7 @@ def plan(dtype: torch.dtype, head_dim: int) -> Plan:
 
     Operands that do not change in a loop stay in registers on sm_80: with 128 elements a head, and for the kernel
     that keeps keys and values, blocks of keys are narrower. In float32 all operands are in registers and tiles small.
-    Narrow heads get a third stage: their blocks take little shared memory.
+    A third stage where shared memory and registers allow it.
     """
     if dtype == torch.float32:
         if head_dim == 128:
@@ -59,9 +59,9 @@ def plan(dtype: torch.dtype, head_dim: int) -> Plan:
             return Plan(Blocks(32, 32, 4, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1))
         return Plan(Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 1))
     if head_dim == 128:
-        return Plan(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 1))
+        return Plan(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 2))
     stages = 3 if head_dim <= 32 else 2
-    return Plan(Blocks(64, 64, 4, stages), Blocks(64, 64, 4, stages), Blocks(64, 32, 4, stages))
+    return Plan(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, stages), Blocks(64, 32, 4, stages))
 
 
 def forward(

@@ -12,7 +12,8 @@ about 850 clocks forward and 1500 backward, with four instructions each: 3400 an
   sequences that belong to another one leave at once. That costs a wave of empty programs a launch, while one kernel of
   the widest tile would pay its registers (and with them the number of programs in flight) for every short sequence;
 - all queries of a sequence are in the tile too: no loop, no accumulators carried, everything in flight at once;
-- few warps a program, so that 8 to 18 programs a multiprocessor hide each other's waiting;
+- few warps a program, so that several programs a multiprocessor (17 and 7 of the narrowest tile, 6 and 3 of the
+  next) hide each other's waiting;
 - a draw of Philox (about 84 instructions for eight elements, a quarter to a third of all with dropout) is made once,
   by the thread that holds the eight elements: see `key_places`.
 """
