@@ -125,7 +125,7 @@ def to_text(comparison: Comparison) -> str:
     for name, rate in comparison.limits.items():
         text.append(f"{name}: {_spread(Spread(*_scaled(rate)), '.2f')} TFLOP/s")
     if comparison.left_out:
-        text.append(f"not installed, left out: {', '.join(comparison.left_out)}")
+        text.append(f"left out: {', '.join(comparison.left_out)}")
     return "\n".join(text)
 
 
