@@ -241,6 +241,9 @@ def embedding_backward_kernel(
     bias_sum = tl.zeros([COLUMNS], tl.float32)
     type_sums = tl.zeros([TYPES, COLUMNS], tl.float32)
     kinds = tl.arange(0, TYPES)
+    # Once, not for every tile: within the loop it would cost registers that sm_100 has not.
+    if step_pointer is not None:
+        step = tl.load(step_pointer).to(tl.int32)
     start = 0
     end = tokens
     if bounds is not None:
@@ -261,7 +264,7 @@ def embedding_backward_kernel(
                 step,
                 site,
                 threshold,
-                step_pointer,
+                None,
                 COLUMNS // 8,
             )
             gradient = tl.where(kept, gradient * scale, 0.0)
