@@ -224,6 +224,8 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
     if not expected or not found:
         return ConfigError(f"{name}: {problem}")
     wanted = " or ".join(_plain_type(kind) for kind in expected)
+    if wanted == "list" and re.fullmatch(r"[\w, .-]+", found.group(1)):
+        wanted = f"a list in brackets, [{found.group(1)}]"
     return ConfigError(f"{name}: expected {wanted}, found {found.group(1)}")
 
 

@@ -83,6 +83,8 @@ def test_mistakes_name_the_option_and_what_is_possible(arguments: list[str], mes
         ("sst: {batchsize: 3}", r"sst\.batchsize\. Did you mean sst\.batch_size"),
         ("epohcs: 3", r"epohcs\. Did you mean epochs"),
         ("sst: [3", "not a YAML file"),
+        ("tasks: sst,para", r"tasks: expected a list in brackets, \[sst,para\], found sst,para"),
+        ("smart: {tasks: sst}", r"smart\.tasks: expected a list in brackets, \[sst\], found sst"),
         ("mixout: 0.1", r"mixout: expected a group of fields \(p\), found 0\.1"),
         ("surgery: pcgrad", r"surgery: expected a group of fields \(.*method.*\), found pcgrad"),
         ("sts: 5", r"sts: expected a group of fields \(batch_size, .*\), found 5"),
