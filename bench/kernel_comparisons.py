@@ -152,7 +152,9 @@ def _peer_sides(call: Call, plan: Plan, stopwatch: Stopwatch) -> tuple[list[Side
             continue
         try:
             passes = _passes(peer.call(call), plan.backward)
-            sides.append(timed_side(peer.name, passes, stopwatch, plan.tokens))
+            side = timed_side(peer.name, passes, stopwatch, plan.tokens)
+            side.run(0)
+            sides.append(side)
         except Exception as error:  # a library that refuses the shape, in whatever way it does
             left_out.append(
                 f"{peer.name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"

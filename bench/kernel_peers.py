@@ -53,7 +53,8 @@ def _leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Beyond the limit (for each size, encoder, forward alone) it would silently run eagerly.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function)
+    # Each size gets code of its own, the best that the compiler can do: after a second size it would make code for any.
+    return torch.compile(function, dynamic=False)
 
 
 def _elementwise(

@@ -129,9 +129,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _verdict(rows: Sequence[Row]) -> list[str]:
     bad = [row for row in rows if row.problems]
     if not bad:
-        count = f"{len(rows)} compiled kernels"
+        spills = [
+            row.resources.spilled for row in rows if row.resources is not None and row.resources.spilled
+        ]
+        spilling = f"{len(spills)} spill, {max(spills)} bytes at most" if spills else "none spills registers"
         return [
-            f"{count}: none spills registers, and none wants more shared memory than its architecture has"
+            f"{len(rows)} compiled kernels: {spilling}, and none wants more shared memory than its architecture has"
         ]
     return [
         f"PROBLEM: {row.kernel} ({row.variants[0]}) on {row.architecture}: {'; '.join(row.problems)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -64,13 +65,41 @@ def prepare(call: Callable[[], object], device: torch.device) -> tuple[Callable[
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:  # it asks the device for something on the way
-        torch.cuda.synchronize()
+    if not _captured(graph, call, stream):
+        _forget_failed_capture(stream)
         return call, False
     return graph.replay, True
+
+
+def _captured(graph: torch.cuda.CUDAGraph, call: Callable[[], object], stream: torch.cuda.Stream) -> bool:
+    """Capture the call; False where it asks the device for something on the way, which no graph can hold.
+
+    Not by `torch.cuda.graph`, which leaves the capture's stream in force when the capture fails.
+    """
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            call()
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            return False
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            return False
+    return True
+
+
+def _forget_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Let the random number generator leave the state of a capture: only the end of a good one does that."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph, numbers = torch.cuda.CUDAGraph(), torch.empty(1, device="cuda")
+        graph.capture_begin()
+        numbers.normal_()
+        graph.capture_end()
+    torch.cuda.synchronize()
 
 
 def timed_side(

@@ -14,8 +14,8 @@ _DIGITS = 4
 
 
 def slug(device: str) -> str:
-    """A file name for a device: `AMD EPYC 9B14 (x2)` -> `amd-epyc-9b14-x2`."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "unknown"
+    """A file name for a device: `AMD EPYC 9B14 (x2)` -> `amd-epyc-9b14-x2`, `NVIDIA H200` -> `h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia ")).strip("-") or "unknown"
 
 
 def read(folder: Path, device: str) -> dict[str, Any]:

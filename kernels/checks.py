@@ -61,6 +61,8 @@ def check_dropout(
         check_tensor(
             operation, "dropout_row", dropout_row, (like.shape[0],), dtypes=(torch.int32,), device=like.device
         )
+    if isinstance(dropout.step, Tensor) and dropout.step.device != like.device:
+        fail(operation, "dropout.step", f"on device {like.device}", f"device {dropout.step.device}")
     return dropout
 
 

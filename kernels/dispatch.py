@@ -6,8 +6,9 @@ variable MTBERT_KERNELS chooses: `auto` takes the first row that serves, a name 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,20 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
+def _triton_version() -> tuple[int, ...]:
+    """Empty where Triton is not installed. Read from the package's record: importing Triton takes a second."""
+    for package in ("triton", "pytorch-triton"):  # the latter comes with PyTorch's nightly builds
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    return ()
+
+
+_TRITON_VERSION = _triton_version()
 _TRITON_INSTALLED = Condition(
-    lambda _: importlib.util.find_spec("triton") is not None, "the package triton must be installed"
+    lambda _: _TRITON_VERSION >= (3, 4), "the package triton must be installed, version 3.4 or newer"
 )
 # The interpreter is a thousand times slower than anything else: only whoever asks for Triton by name gets it.
 _TRITON_DEVICE = Condition(
@@ -83,9 +96,21 @@ _TRITON_DEVICE = Condition(
 )
 
 
+@torch.compiler.assume_constant_result  # dynamo asks once, and does not trace the question
+def _capability() -> tuple[int, int]:
+    """Of the current GPU; on a machine without one the interpreter serves, which has all there is."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+
+
+_TRITON_CAPABILITY = Condition(
+    lambda facts: facts["device"] != "cuda" or _capability() >= (8, 0),
+    "the GPU must be of compute capability 8.0 or newer",
+)
+
+
 def _triton(operation: str, *more: Condition) -> Row:
     floats = _dtype(torch.float32, torch.bfloat16, torch.float16)
-    conditions = (_TRITON_DEVICE, floats, _TRITON_INSTALLED, *more)
+    conditions = (_TRITON_DEVICE, floats, _TRITON_INSTALLED, _TRITON_CAPABILITY, *more)
     return Row(operation, "triton", ("triton",), conditions, "Triton")
 
 

@@ -15,7 +15,8 @@ class Split(NamedTuple):
     """The rows and parameters of one call, as its backward pass wants them."""
 
     groups: list[slice]
-    """The rows of each group; one slice of all rows where no parameter has a companion."""
+    """The rows of each group; slice(None) alone where no parameter has a companion: it names no number of rows, for
+    which torch.compile would compile anew."""
     parameters: list[Tensor | None]
     """In the order given, constants where they have a companion."""
     companions: list[Tensor | None]
@@ -36,7 +37,7 @@ def split(
     """
     values = list(parameters.values())
     if segments is None:
-        return Split([slice(0, rows)], values, [None] * len(values))
+        return Split([slice(None)], values, [None] * len(values))
     if segments.bounds[-1] != rows:
         fail(operation, "segments.bounds", f"ascending from 0 to the {rows} rows", segments.bounds)
     companions = [None if p is None else segments.companions.get(p) for p in values]
@@ -50,7 +51,7 @@ def split(
             argument = f"the companion of {name}"
             fail(operation, argument, f"of shape {expected}", f"shape {list(companion.shape)}")
     if all(companion is None for companion in companions):
-        return Split([slice(0, rows)], values, companions)
+        return Split([slice(None)], values, companions)
     constants = [p if p is None or c is None else p.detach() for p, c in zip(values, companions, strict=True)]
     return Split(segments.ranges(), constants, companions)
 
@@ -61,7 +62,7 @@ def part(tensor: Tensor, rows: slice) -> Tensor: ...
 def part(tensor: Tensor | None, rows: slice) -> Tensor | None: ...
 def part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     """tensor[rows], without the cost of a view where that is all of it or there is none."""
-    if tensor is None or tensor.shape[0] == rows.stop - rows.start:
+    if tensor is None or rows.stop is None or tensor.shape[0] == rows.stop - rows.start:
         return tensor
     return tensor[rows]
 

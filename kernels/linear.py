@@ -92,10 +92,11 @@ def row_sums(x: Tensor, groups: list[slice]) -> Tensor:
         return torch.stack([x[rows].sum(0, dtype=wide) for rows in groups])
     out = torch.empty(len(groups), x.shape[1])
     for number, rows in enumerate(groups):
+        group = part(x, rows)
         extension.cpu().column_sums(
-            x=part(x, rows).data_ptr(),
+            x=group.data_ptr(),
             out=out[number].data_ptr(),
-            rows=rows.stop - rows.start,
+            rows=group.shape[0],
             columns=x.shape[1],
             dtype=extension.DTYPE_NAMES[x.dtype],
             threads=torch.get_num_threads(),

@@ -44,7 +44,11 @@ class Segments:
     def bounds_on(self, device: torch.device) -> Tensor:
         """The bounds as an int32 tensor [K + 1] on `device`: copied once, whatever the number of operations."""
         if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self.bounds, dtype=torch.int32, device=device)
+            bounds = torch.tensor(self.bounds, dtype=torch.int32)
+            # From pageable memory the copy would wait for all that the stream has still to do.
+            if device.type == "cuda":
+                bounds = bounds.pin_memory().to(device, non_blocking=True)
+            self._on_device[device] = bounds
         return self._on_device[device]
 
     def ranges(self) -> list[slice]:

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         model=options.model,
         scale=options.scale,
         max_steps=options.max_steps,
-        max_work=options.max_tokens,
+        max_tokens=options.max_tokens,
         lr_factor=options.lr_factor,
     )
     if options.list:
@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens",
         type=_positive,
         metavar="X",
-        help="training tokens of a run at most, each counted as often as it passes through the encoder: rows of small"
-        " batches get more steps than under --max-steps, for the same time",
+        help="training tokens of a run at most, each example counted once: rows that differ in the method alone get the"
+        " same steps, and rows of small batches more than under --max-steps",
     )
     add(
         "--seeds", type=_count, default=1, metavar="N", help="runs of each row, seeds 0, 1, ... (%(default)s)"

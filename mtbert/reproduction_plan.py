@@ -55,31 +55,42 @@ def make_plans(
     model: str,
     scale: float,
     max_steps: int | None,
-    max_work: float | None = None,
+    max_tokens: float | None = None,
     lr_factor: float = 1.0,
 ) -> dict[str, Plan]:
     """The plans by row, of the rows that can be run; rows with the same run have the same plan.
 
-    max_steps: optimizer steps of a run at most, whatever the scale leaves. max_work: training tokens of a run at most,
-    counted as in `Cost`. lr_factor: multiplies all learning rates.
+    max_steps: optimizer steps of a run at most, whatever the scale leaves. max_tokens: training tokens of a run at
+    most, each example counted once: rows that differ in the method alone get the same steps, though some take longer. A
+    row that trains one task of another row alone gets the steps of that row. lr_factor: multiplies all learning rates.
     """
     parser, costs = train_parser(None), CostModel(data, model)
     common = ("--data", data, "--model.pretrained", model)
+
+    def plan(run: str, limit: int | None) -> Plan:
+        config = parse_with(parser, ["--config", str(preset_path(run)), *common])
+        config = faster(config, lr_factor)
+        short = shortened(config, scale)
+        cost = costs.cost(short)
+        limits = [] if limit is None else [limit]
+        if max_tokens is not None and limit is None and cost.tokens > max_tokens:
+            limits.append(max(1, int(cost.steps * max_tokens / cost.tokens)))
+        if max_steps is not None:
+            limits.append(max_steps)
+        if limits and cost.steps > min(limits):
+            short = shortened(config, scale, min(limits), cost)
+            cost = costs.cost(short)
+        return Plan(run, short, common, cost, lr_factor)
+
     by_run: dict[str, Plan] = {}
     for row in rows:
         if row.impossible is not None or row.run in by_run:
             continue
-        config = parse_with(parser, ["--config", str(preset_path(row.run)), *common])
-        config = faster(config, lr_factor)
-        short = shortened(config, scale)
-        cost = costs.cost(short)
-        limits = [] if max_steps is None else [max_steps]
-        if max_work is not None and cost.training > max_work:
-            limits.append(max(1, int(cost.steps * max_work / cost.training)))
-        if limits and cost.steps > min(limits):
-            short = shortened(config, scale, min(limits), cost)
-            cost = costs.cost(short)
-        by_run[row.run] = Plan(row.run, short, common, cost, lr_factor)
+        limit = None
+        if row.single_of is not None:
+            whole = by_run.get(row.single_of) or plan(row.single_of, None)
+            limit = whole.cost.steps
+        by_run[row.run] = plan(row.run, limit)
     return {row.name: by_run[row.run] for row in rows if row.run in by_run}
 
 
@@ -103,4 +114,6 @@ def listing(rows: Sequence[PaperRow], plans: Mapping[str, Plan], speed: float | 
         line.append(f"the run of {row.same_as}" if row.same_as else epochs)
         line += [plan.cost.steps, round(plan.cost.training + plan.cost.evaluation)] if plan else [None, None]
         lines.append([*line, plan.cost.seconds(speed) / 60 if plan and speed else None])
-    return table(["row", "what", "published", "epochs", "steps", "tokens", "minutes"], lines, digits=1)
+    return table(
+        ["row", "what", "published", "epochs", "steps", "work in tokens", "minutes"], lines, digits=1
+    )

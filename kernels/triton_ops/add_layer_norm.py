@@ -338,24 +338,28 @@ def _kept(
 
 
 @triton.jit
+def _shift(linear_bias, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """What is added to x: COLUMNS of linear_bias from FIRST on, or 0 where there is none."""
+    if linear_bias is not None:
+        return _parameter(linear_bias, ROWS, FIRST, COLUMNS, WIDTH)
+    else:
+        return 0.0
+
+
+@triton.jit
 def _total(
     x,
     residual,
-    linear_bias,
+    shift,
     offset,
     inside,
     kept,
     scale,
-    FIRST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """What is normalised: residual + dropout(x + linear_bias), float32 [ROWS, COLUMNS], 0 beyond the width."""
-    branch = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    """What is normalised: residual + dropout(x + shift), float32 [ROWS, COLUMNS], 0 beyond the width."""
+    branch = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) + shift
     total = tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
-    if linear_bias is not None:
-        branch += _parameter(linear_bias, offset.shape[0], FIRST, COLUMNS, WIDTH)
     if DROPOUT:
         # Chosen, not multiplied: what is dropped may be NaN.
         branch = tl.where(kept, branch * scale, 0.0)
@@ -426,12 +430,14 @@ def add_layer_norm_forward(
         mask_row = tl.load(dropout_row + row, mask=active, other=0)
     offset, inside = _place(row, active, 0, MAIN, WIDTH)
     kept = _kept(mask_row, seed_low, seed_high, step, site, threshold, step_pointer, 0, MAIN, DROPOUT)
-    total = _total(x, residual, linear_bias, offset, inside, kept, scale, 0, MAIN, WIDTH, DROPOUT)
+    shift = _shift(linear_bias, ROWS, 0, MAIN, WIDTH)
+    total = _total(x, residual, shift, offset, inside, kept, scale, DROPOUT)
     sum = tl.sum(total, 1)
     if REST > 0:
         offset2, inside2 = _place(row, active, MAIN, REST, WIDTH)
         kept2 = _kept(mask_row, seed_low, seed_high, step, site, threshold, step_pointer, MAIN, REST, DROPOUT)
-        total2 = _total(x, residual, linear_bias, offset2, inside2, kept2, scale, MAIN, REST, WIDTH, DROPOUT)
+        shift2 = _shift(linear_bias, ROWS, MAIN, REST, WIDTH)
+        total2 = _total(x, residual, shift2, offset2, inside2, kept2, scale, DROPOUT)
         sum += tl.sum(total2, 1)
     mean = sum / WIDTH
     squares = _squares(total, mean, 0, MAIN, WIDTH)
@@ -510,7 +516,8 @@ def add_layer_norm_backward(
 ):
     """Every so many rows of one group a program, and their part in the sums: partials[asked sum, group, program].
 
-    WIDE: spare registers; else the next row is loaded while one is computed, and the weight is loaded once.
+    WIDE: spare registers; else the next row is loaded while one is computed (three stages: two buffers), and the
+    parameters are loaded once.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -521,15 +528,17 @@ def add_layer_norm_backward(
         low = tl.load(bounds + group)
         high = tl.load(bounds + group + 1)
     weights = _parameter(weight, 1, 0, MAIN, WIDTH)
+    shift = _shift(linear_bias, 1, 0, MAIN, WIDTH)
     dweight = tl.zeros([1, MAIN], tl.float32)
     dbias = tl.zeros([1, MAIN], tl.float32)
     dlinear_bias = tl.zeros([1, MAIN], tl.float32)
     if REST > 0:
         weights2 = _parameter(weight, 1, MAIN, REST, WIDTH)
+        shift2 = _shift(linear_bias, 1, MAIN, REST, WIDTH)
         dweight2 = tl.zeros([1, REST], tl.float32)
         dbias2 = tl.zeros([1, REST], tl.float32)
         dlinear_bias2 = tl.zeros([1, REST], tl.float32)
-    for begin in tl.range(low + program, high, programs, num_stages=1 if WIDE else 2):
+    for begin in tl.range(low + program, high, programs, num_stages=1 if WIDE else 3):
         row = begin + tl.arange(0, 1)
         active = row < high
         mean = tl.load(mean_in + row, mask=active, other=0.0)
@@ -540,9 +549,12 @@ def add_layer_norm_backward(
         offset, inside = _place(row, active, 0, MAIN, WIDTH)
         upstream = tl.load(dout + offset, mask=inside, other=0.0).to(tl.float32)
         kept = _kept(mask_row, seed_low, seed_high, step, site, threshold, step_pointer, 0, MAIN, DROPOUT)
-        total = _total(x, residual, linear_bias, offset, inside, kept, scale, 0, MAIN, WIDTH, DROPOUT)
+        if WIDE:
+            weights = _parameter(weight, 1, 0, MAIN, WIDTH)
+            shift = _shift(linear_bias, 1, 0, MAIN, WIDTH)
+        total = _total(x, residual, shift, offset, inside, kept, scale, DROPOUT)
         normed = (total - mean[:, None]) * rstd[:, None]
-        weighted = upstream * (_parameter(weight, 1, 0, MAIN, WIDTH) if WIDE else weights)
+        weighted = upstream * weights
         of_weighted = tl.sum(weighted, 1)
         of_product = tl.sum(weighted * normed, 1)
         if REST > 0:
@@ -551,11 +563,12 @@ def add_layer_norm_backward(
             kept2 = _kept(
                 mask_row, seed_low, seed_high, step, site, threshold, step_pointer, MAIN, REST, DROPOUT
             )
-            total2 = _total(
-                x, residual, linear_bias, offset2, inside2, kept2, scale, MAIN, REST, WIDTH, DROPOUT
-            )
+            if WIDE:
+                weights2 = _parameter(weight, 1, MAIN, REST, WIDTH)
+                shift2 = _shift(linear_bias, 1, MAIN, REST, WIDTH)
+            total2 = _total(x, residual, shift2, offset2, inside2, kept2, scale, DROPOUT)
             normed2 = (total2 - mean[:, None]) * rstd[:, None]
-            weighted2 = upstream2 * (_parameter(weight, 1, MAIN, REST, WIDTH) if WIDE else weights2)
+            weighted2 = upstream2 * weights2
             of_weighted += tl.sum(weighted2, 1)
             of_product += tl.sum(weighted2 * normed2, 1)
         of_weighted /= WIDTH

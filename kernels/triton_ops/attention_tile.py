@@ -5,13 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dispatch import triton_interpreted
 from .philox import draw
 
 LOG2_E = 1.4426950408889634
 """The kernels take powers of two, which is what the hardware has."""
 
-_INTERPRETED = tl.constexpr(triton_interpreted())
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

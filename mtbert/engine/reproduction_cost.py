@@ -29,18 +29,23 @@ STEP_TOKENS = {"full": 250, "bitfit": 50, "lora": 50}
 # By rule of thumb, measured with MiniLM on a CPU.
 _FORWARD = 1 / 3  # of the work of training on the same tokens
 _LORA = 0.7  # of the work of full fine-tuning
-_SURGERY, _LORA_SURGERY = 1.25, 1.1
+_SURGERY, _LORA_SURGERY = 1.05, 1.01
 _SAMPLED_STEPS = 2000
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Steps of a run, and its work: as tokens that plain fine-tuning would train on in the same time."""
+    """Steps of a run, the tokens that it trains on, and its work."""
 
     steps: int
     steps_per_epoch: int
+    tokens: float
+    """Of its steps' examples, each counted once, whatever a method does with it. 0 over a frozen encoder, whose
+    features are computed once."""
     training: float
+    """Work, as tokens that plain fine-tuning would train on in the same time."""
     evaluation: float
+    """Likewise."""
 
     def seconds(self, tokens_per_second: float) -> float:
         """The time at a speed of plain fine-tuning."""
@@ -67,10 +72,11 @@ class CostModel:
             task for step in sampled for task in curriculum.tasks_of(*curriculum.position(int(step)))
         )
         means = {name: float(splits["train"].lengths.mean()) for name, splits in data.items()}
-        training = 0.0
+        tokens = training = 0.0
         for name, count in turns.items():
-            rows = config.task[name].batch_size * means[name] * count * steps / len(sampled)
-            training += rows * _passes(config, name)
+            own = config.task[name].batch_size * means[name] * count * steps / len(sampled)
+            tokens += own
+            training += own * _passes(config, name)
         if config.surgery.needs_task_gradients:
             training *= _LORA_SURGERY if config.mode == "lora" else _SURGERY
         training = (
@@ -80,12 +86,16 @@ class CostModel:
         evaluation = self._evaluation(config, sums, means, steps / curriculum.steps_per_epoch)
         if config.mode == "last-linear-layer":
             # The frozen encoder reads every table once; steps and evaluations read its features.
-            training, evaluation = 0.0, float(sum(sum(splits.values()) for splits in sums.values()))
+            tokens, training, evaluation = (
+                0.0,
+                0.0,
+                float(sum(sum(splits.values()) for splits in sums.values())),
+            )
         training += config.pretraining.mlm_epochs * sum(splits["train"] for splits in sums.values())
         if config.pretraining.task is not None:
-            own = self._splits(config, config.pretraining.task)["train"]
-            training += config.pretraining.task_epochs * float(own.lengths.sum())
-        return Cost(steps, curriculum.steps_per_epoch, training, _FORWARD * evaluation)
+            table = self._splits(config, config.pretraining.task)["train"]
+            training += config.pretraining.task_epochs * float(table.lengths.sum())
+        return Cost(steps, curriculum.steps_per_epoch, tokens, training, _FORWARD * evaluation)
 
     def _splits(self, config: TrainConfig, name: str) -> dict[str, TaskData]:
         task, settings = get_task(name), config.task[name]

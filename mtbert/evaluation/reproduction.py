@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import stats
+
 from mtbert.evaluation.bootstrap import RESAMPLES, Interval, intervals
 from mtbert.evaluation.published import PaperRow, Published
 from mtbert.evaluation.reproduction_schedule import Schedule
@@ -17,6 +19,7 @@ from mtbert.tasks.registry import TASKS
 
 _QUORA = "para"
 _ENOUGH = 0.99  # of the rows that the paper's schedule sees
+_NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class SeedResult:
     encoder: str
     schedule: Schedule
     train_rows: Mapping[str, int]
+    steps: int
     seconds: float
     tokens: int
     synthetic: bool
@@ -96,12 +100,18 @@ class Verdict:
     """Ours minus the published figure, and what is to be made of it."""
 
     difference: float
-    margin: float
-    within_noise: bool
+    half_width: float
+    """Of the 95% interval of the difference between two runs that differ by chance alone."""
+    seeds: int
     reasons: tuple[str, ...]
     """Why the two can't be compared; empty where they can."""
     changed: str | None
     """How the run was made shorter (or longer) than the paper's: its difference then says nothing of the row."""
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether chance alone may explain the difference."""
+        return abs(self.difference) <= self.half_width
 
     @property
     def conclusive(self) -> bool:
@@ -115,6 +125,8 @@ class Verdict:
             changed = [] if self.changed is None else [self.changed]
             return "not comparable: " + "; ".join([*self.reasons, *changed])
         found = "within noise" if self.within_noise else "higher" if self.difference > 0 else "lower"
+        if self.seeds == 1 and not self.within_noise:
+            found += " (one seed: the noise of training is not counted)"
         if self.changed is not None:
             return f"{self.changed}, so no verdict on the row; this run alone: {found}"
         return found
@@ -123,19 +135,22 @@ class Verdict:
 def judge(result: RowResult, published: Published) -> Verdict | None:
     """Compare under the row's formula; None where nothing was published or the run lacks the score.
 
-    The difference is within noise when the published figure lies in our 95% bootstrap interval widened on both sides by
-    the published figure's own uncertainty: one standard error of its dev set and, where we ran several seeds, our
-    deviation over seeds, in quadrature (a published figure is one run).
+    The half width joins three kinds of chance in quadrature: 1.96 standard errors of our dev set (from the bootstrap
+    interval) and of the paper's, and for n > 1 seeds Student's t(.975, n - 1) times our deviation over them times
+    sqrt(1 + 1 / n), because a published figure is one run and ours the mean of n. With one seed the last is unknown.
     """
     row, ours = result.row, result.score
     theirs = row.compared
     if theirs is None or ours is None:
         return None
     columns = {name: found.mean for name in published.dev if (found := result.summary(name))}
-    margin = math.hypot(row.standard_error(published.dev, columns), ours.deviation or 0.0)
-    inside = ours.low - margin <= theirs <= ours.high + margin
+    examples = math.hypot((ours.high - ours.low) / 2, _NORMAL * row.standard_error(published.dev, columns))
+    seeds, training = len(result.seeds), 0.0
+    if ours.deviation is not None:
+        training = float(stats.t.ppf(0.975, seeds - 1)) * ours.deviation * math.sqrt(1 + 1 / seeds)
     changed = result.schedule.changed(row.schedule)
-    return Verdict(ours.mean - theirs, margin, inside, _reasons(result, published), changed)
+    half_width = math.hypot(examples, training)
+    return Verdict(ours.mean - theirs, half_width, seeds, _reasons(result, published), changed)
 
 
 def _reasons(result: RowResult, published: Published) -> tuple[str, ...]:
@@ -174,6 +189,7 @@ def _read_seed(folder: Path, age: int, resamples: int) -> SeedResult:
         encoder=str(run.info.get("encoder")),
         schedule=Schedule.of(run.config()),
         train_rows={name: int(run.data(name, "train").get("rows") or 0) for name in tasks},
+        steps=int(last.get("step") or 0),
         seconds=float(last.get("seconds") or 0.0),
         tokens=int(last.get("tokens") or 0),
         synthetic=bool(run.info.get("synthetic")),

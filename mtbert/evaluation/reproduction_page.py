@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,11 @@ _HOW = """\
   then from the row's formula of its columns.
 - Our 95% interval says how far our score would vary with other dev examples: a bootstrap over those of our dev set (the
   mean of the seeds' intervals).
-- Within noise: chance alone may explain the difference. The published score lies in our 95% interval, or outside it by
-  no more than one standard error of the published score (as its dev set's size gives it; where several seeds ran,
-  joined in quadrature with our deviation over them). A difference beyond that, higher or lower, may come from the
-  encoder or from a reading of the paper as well as from the method.
+- Within noise: chance alone may explain the difference, at the level of 95%. Counted are the choice of dev examples,
+  ours and the paper's (as its dev set's size gives it), and where several seeds ran, the noise of training: our
+  deviation over them stands for the paper's too. With one seed the noise of training is unknown and not counted, and a
+  difference beyond the rest is marked so. Higher or lower may come from the encoder or from a reading of the paper as
+  well as from the method.
 - A run shorter than the paper's (column `epochs`) gets no verdict: a lower score shows too little training, not a row
   that fails to reproduce.
 - A row is not comparable where training saw fewer than 99% of the different Quora pairs that the paper's schedule goes
@@ -155,8 +157,27 @@ def _transfer(found: Reproduction) -> str:
                 text = transfer(found.results[name].seeds[0].folder, singles, TASKS).to_markdown()
             except UserError as error:
                 text = escape(str(error))
+            else:
+                text += _lengths(found, name)
             parts.append(f"### {name}\n\n{text}")
     return "\n\n".join(["## Transfer: multitask minus single-task", *parts]) if parts else ""
+
+
+def _lengths(found: Reproduction, name: str) -> str:
+    """A warning where a single task trained for another number of steps than the row: that is not transfer alone."""
+    steps = found.results[name].seeds[0].steps
+    others = {
+        f"{row.name} {result.seeds[0].steps:,}"
+        for row in found.published.rows.values()
+        if row.single_of == name and (result := found.results.get(row.name)) is not None
+        if not math.isclose(result.seeds[0].steps, steps, rel_tol=0.01)
+    }
+    if not others:
+        return ""
+    return (
+        f"\n\n**Not the same training**: {escape(name)} took {steps:,} steps, {escape(', '.join(sorted(others)))}; the"
+        " differences are not transfer alone."
+    )
 
 
 def _forgetting(done: Sequence[RowResult]) -> str:

@@ -154,7 +154,7 @@ def csv_text(
         "low",
         "high",
         "difference",
-        "margin",
+        "half_width",
         "verdict",
         "minutes",
         "tokens_per_second",
@@ -206,7 +206,7 @@ def _csv_result(result: RowResult, published: Published) -> dict[str, object]:
     if verdict is not None:
         line |= {
             "difference": _digits(verdict.difference),
-            "margin": _digits(verdict.margin),
+            "half_width": _digits(verdict.half_width),
             "verdict": verdict.text,
         }
     return line

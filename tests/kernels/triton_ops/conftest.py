@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.interpreter import round_to_nearest
+from support.interpreter import prepare
 
 from mtbert.kernels import dispatch
 
@@ -20,7 +20,7 @@ def device() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
     elif dispatch.triton_interpreted():
-        round_to_nearest()
+        prepare()
         place = torch.device("cpu")
     else:
         pytest.skip("no GPU, and TRITON_INTERPRET is not set to 1")
