@@ -110,6 +110,8 @@ def test_accuracy(
         ((129,), 1, 64, torch.float32),
         ((40, 7, 70), 1, 128, torch.bfloat16),
         ((20, 40), 1, 128, torch.float32),
+        ((20, 70), 1, 128, torch.float16),
+        ((129, 30), 1, 64, torch.float16),
         ((190,), 1, 16, torch.float16),
     ],
 )
@@ -125,9 +127,12 @@ def test_accuracy_of_other_sizes(
     _check(Batch(device, lengths, heads, width, dtype), GREATEST)
 
 
-def test_accuracy_of_long_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["plain", "dropout"])
+def test_accuracy_of_long_rows(
+    device: torch.device, dropout: Dropout | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poisoned(monkeypatch)
-    _check(Batch(device, (512,), 1, 32, torch.bfloat16), None)
+    _check(Batch(device, (512,), 1, 64, torch.bfloat16), dropout)
 
 
 @pytest.mark.parametrize("all_low", [False, True])
