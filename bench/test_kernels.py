@@ -106,6 +106,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("tokens", (option("--tokens"),) if option("--tokens") else TOKENS[device.type])
 
 
+def test_attention_in_long_rows(kernels: Kernels, benchmark: Any, tokens: int) -> None:
+    kernels.compare(kernels.plan("attention", max(tokens, 1024), rows="reviews"), benchmark)
+
+
+def test_encoder_layer(kernels: Kernels, benchmark: Any, tokens: int) -> None:
+    kernels.compare(kernels.plan("encoder_layer", tokens), benchmark)
+
+
 @pytest.mark.parametrize("backward", [True, False], ids=["both", "forward"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_kernel(kernels: Kernels, benchmark: Any, operation: str, tokens: int, backward: bool) -> None:
@@ -115,11 +123,3 @@ def test_kernel(kernels: Kernels, benchmark: Any, operation: str, tokens: int, b
 @pytest.mark.parametrize("operation", ["attention", "add_layer_norm", "bias_gelu"])
 def test_kernel_of_minilm(kernels: Kernels, benchmark: Any, operation: str, tokens: int) -> None:
     kernels.compare(kernels.plan(operation, tokens, encoder=MINILM), benchmark)
-
-
-def test_attention_in_long_rows(kernels: Kernels, benchmark: Any, tokens: int) -> None:
-    kernels.compare(kernels.plan("attention", max(tokens, 1024), rows="reviews"), benchmark)
-
-
-def test_encoder_layer(kernels: Kernels, benchmark: Any, tokens: int) -> None:
-    kernels.compare(kernels.plan("encoder_layer", tokens), benchmark)
