@@ -169,6 +169,8 @@ def test_every_goal_names_a_peer_that_there_is() -> None:
     assert all(goal.at_least is None for goal in replace(plan, tokens=8192).goals())
     assert all(goal.at_least is None for goal in replace(plan, backward=False).goals())
     assert all(goal.at_least is None for goal in replace(plan, device=CPU).goals())
+    assert all(goal.at_least is None for goal in replace(plan, encoder=MINILM).goals())
+    assert all(goal.at_least is None for goal in plan.goals(unfair=[goal.to for goal in plan.goals()]))
     reviews = replace(plan, operation="attention", rows="reviews").goals()
     assert sum(goal.at_least == 1.0 for goal in reviews) == len(PEERS["attention"]) - 1  # all but a CPU's
 
