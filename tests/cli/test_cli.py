@@ -14,6 +14,13 @@ from mtbert.errors import ConfigError, Interrupted
 from mtbert.tasks.registry import TASKS
 
 
+def test_preset_best_is_the_training_of_minilm_with_a_protocol() -> None:
+    best, minilm = (yaml.safe_load(presets()[name].read_text()) for name in ("best", "minilm"))
+    assert best.pop("seeds") == 3
+    assert best.pop("evaluation") == {"selection": "half"}
+    assert best == minilm
+
+
 def test_without_arguments_the_quickstart_preset_on_the_sample() -> None:
     config = parse_train([])
     quickstart = yaml.safe_load(presets()["quickstart"].read_text())
