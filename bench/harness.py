@@ -14,11 +14,13 @@ import torch
 
 from bench import records
 from bench.comparison import Comparison, Goal, summarise
-from bench.flops import EncoderSizes, Pass, limit_shapes, product_side, synchronise, training_flops
+from bench.flops import product_side
 from bench.measure import Alternation, Side
 from bench.peers import is_installed, peer_versions
 from bench.workload import Workload
 from mtbert.engine.environment import environment
+from mtbert.engine.flops import EncoderSizes, Pass, training_flops
+from mtbert.engine.peaks import limit_shapes, synchronise
 from mtbert.kernels import dispatch
 from mtbert.model.lora import LoraConfig
 from mtbert.model.pretrained import load_config

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from bench.comparison import Comparison, Goal, summarise
-from bench.flops import EncoderSizes, limit_shapes, training_flops
 from bench.harness import limit_name
 from bench.kernel_bytes import COSTS, least
 from bench.kernel_calls import OPERATIONS, Call, Setting, encoder_layer, linear_bias_gelu
@@ -16,6 +15,8 @@ from bench.kernel_peers import COMPILED, EAGER, LAYER, MASKED, NESTED, PEERS, UN
 from bench.kernel_shapes import BERT_BASE, REVIEWS, SENTENCES, Encoder, draw_lengths
 from bench.kernel_timing import Stopwatch, copy_side, fastest_product, timed_side
 from bench.measure import Alternation, Side
+from mtbert.engine.flops import EncoderSizes, training_flops
+from mtbert.engine.peaks import limit_shapes
 
 OWN, COPY = "mtbert", "copy of the least bytes"
 ROWS = {"sentences": (SENTENCES, 128), "reviews": (REVIEWS, 512)}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.measure import Side
+from mtbert.engine.peaks import plain_copy
 
 _COLD_BYTES = 512 << 20
 """Several times the L2 of any GPU. Reading this much also takes longer than the host needs for the launches behind
 it, so that the device never waits for the host between the two events."""
-_COPY_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 
 
 class Stopwatch:
@@ -130,14 +130,8 @@ def timed_side(
 
 def copy_side(name: str, stopwatch: Stopwatch, work_per_byte: float) -> Side:
     """A plain copy of a large tensor: bytes read plus bytes written, as work."""
-    source = torch.empty(_COPY_BYTES[stopwatch.device.type] // 4, device=stopwatch.device).normal_()
-    target = torch.empty_like(source)
-
-    def copy() -> Tensor:
-        return target.copy_(source)
-
-    moved = 2.0 * source.numel() * source.element_size()
-    return timed_side(name, copy, stopwatch, moved * work_per_byte, moved)
+    copy = plain_copy(stopwatch.device)
+    return timed_side(name, copy.run, stopwatch, copy.amount * work_per_byte, copy.amount)
 
 
 def fastest_product(

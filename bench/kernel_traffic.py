@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.kernel_bytes import Cost, least
+from bench.kernel_bytes import least
 from bench.kernel_calls import OPERATIONS, Setting
 from bench.kernel_cases import launches_of, plain
 from bench.kernel_shapes import BERT_BASE, MINILM, SENTENCES, draw_lengths
+from mtbert.engine.costs import Cost
 from mtbert.kernels.triton_ops.launch import Launch
 
 TOKENS = 32768

@@ -7,7 +7,6 @@ import time
 
 import torch
 
-from bench.flops import synchronise
 from bench.measure import Side
 from bench.workload import MAX_LENGTH, Workload
 from mtbert.config import Mode, TrainConfig
@@ -15,6 +14,7 @@ from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.methods import build_train_step, task_losses
+from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype
 from mtbert.engine.step import StepResult, TrainStep
 from mtbert.model.lora import LoraConfig

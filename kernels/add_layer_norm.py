@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import check_dropout, check_parameter, check_tensor
 from .grouped import deliver, part, row, split
@@ -15,6 +17,7 @@ from .philox import Dropout
 from .segments import Segments
 
 
+@operation("add_layer_norm")
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import check_dropout, check_tensor, fail
 from .philox import Dropout
 
 
+@operation("attention")
 def attention(
     qkv: Tensor,
     cu_seqlens: Tensor,

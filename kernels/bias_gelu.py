@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, part, row, split
 from .segments import Segments
 
 
+@operation("bias_gelu")
 def bias_gelu(x: Tensor, bias: Tensor, *, segments: Segments | None = None) -> Tensor:
     """z Phi(z) with z = x + bias and the exact normal distribution function, not its tanh form.
 

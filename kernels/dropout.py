@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import check_dropout, check_tensor
 from .philox import Dropout
@@ -15,6 +17,7 @@ from .philox import Dropout
 __all__ = ["Dropout", "apply_mask", "dropout"]
 
 
+@operation("dropout")
 def dropout(x: Tensor, dropout_row: Tensor, dropout: Dropout | None) -> Tensor:
     """Set dropped elements to zero, whatever they hold, and scale the kept ones.
 

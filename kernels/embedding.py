@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import FLOATS, check_dropout, check_parameter, check_tensor, fail
 from .grouped import deliver, part, row, split
@@ -15,6 +17,7 @@ from .philox import Dropout
 from .segments import Segments
 
 
+@operation("embedding")
 def embedding(
     ids: Tensor,
     type_ids: Tensor,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, reference
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, split
@@ -15,6 +17,7 @@ from .linear import row_sums
 from .segments import Segments
 
 
+@operation("head_linear")
 def head_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments | None = None
 ) -> Tensor:

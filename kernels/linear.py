@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, extension, reference
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, part, split
 from .segments import Segments
 
 
+@operation("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments | None = None) -> Tensor:
     """x weight^T + bias.
 

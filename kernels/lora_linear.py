@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtbert.ranges import operation
+
 from . import dispatch, reference
 from .checks import check_dropout, check_parameter, fail
 from .dropout import apply_mask
@@ -18,6 +20,7 @@ from .philox import Dropout
 from .segments import Segments
 
 
+@operation("lora_linear")
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -59,6 +62,7 @@ def lora_linear(
     return _Lora.apply(x, scale, dropout_row, active, 1, groups, *parameters, *companions)
 
 
+@operation("lora_qkv")
 def lora_qkv(
     x: Tensor,
     weight: Tensor,

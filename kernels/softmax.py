@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtbert.ranges import operation
+
 from . import dispatch, reference
 from .checks import check_dropout, check_tensor
 from .philox import Dropout
 
 
+@operation("softmax")
 def softmax(
     x: Tensor,
     *,

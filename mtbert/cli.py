@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mtbert.config import TrainConfig, tasks_with_settings
 from mtbert.errors import ConfigError, Interrupted, UserError
@@ -132,15 +133,43 @@ def parse_train(arguments: list[str]) -> TrainConfig:
     preset = option_value(arguments, "--preset")
     if preset is None and not given & {"--data", "--config"}:
         preset = "quickstart"
-    parser = train_parser(preset_path(preset) if preset else None)
-    return parse_with(parser, arguments)
+    with _descriptions(wanted=bool(given & {"--help", "-h"})):
+        parser = train_parser(preset_path(preset) if preset else None)
+        return parse_with(parser, arguments)
 
 
-def config_from_file(path: Path) -> TrainConfig:
-    """The configuration that a run's config.yaml holds."""
+@contextlib.contextmanager
+def _descriptions(*, wanted: bool) -> Iterator[None]:
+    """Within it, the parser reads what stands below each field in the source: seconds, so only for whoever asks."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=wanted)
+    try:
+        yield
+    finally:
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
+
+
+def resume_options(arguments: Sequence[str]) -> list[str]:
+    """What stands beside `--resume FOLDER`: only how to profile may change. Raises ConfigError for anything else."""
+    options, rest = [], list(arguments)
+    while rest:
+        name, has_value, _ = rest[0].partition("=")
+        count = 1 if has_value or len(rest) == 1 else 2
+        if name == "--profile" or name.startswith("--profiling."):
+            options += rest[:count]
+        elif name != "--resume":
+            raise ConfigError(
+                f"--resume takes everything from the run's config.yaml, found {rest[0]} beside it; possible: --profile,"
+                " --profiling.*"
+            )
+        del rest[:count]
+    return options
+
+
+def config_from_file(path: Path, options: Sequence[str] = ()) -> TrainConfig:
+    """The configuration that a run's config.yaml holds, with these options of the command line over it."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such configuration file")
-    arguments = ["--config", str(path)]
+    arguments = ["--config", str(path), *options]
     load_plugins(_plugins_named(arguments))
     return parse_with(train_parser(None), arguments)
 

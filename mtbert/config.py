@@ -17,6 +17,7 @@ from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.precision import Precision
 from mtbert.engine.pretraining import PretrainingConfig
+from mtbert.engine.profiling import Profile, ProfilingConfig
 from mtbert.engine.trainer import RunConfig
 from mtbert.errors import ConfigError
 from mtbert.losses.bregman import BregmanConfig
@@ -69,6 +70,9 @@ class TrainConfig:
     """CPU threads; 0 leaves torch's choice."""
     kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the encoder's operations; auto takes the fastest that can serve."""
+    profile: Profile = "none"
+    """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
+    their time went. Neither changes what is computed, and with --resume it may be another than before."""
     cache: str | None = None
     """Folder of the tokenised tables; by default mtbert in the user's cache folder."""
     plugins: list[str] = field(default_factory=list)
@@ -105,6 +109,8 @@ class TrainConfig:
     """When and on what to evaluate."""
     run: RunConfig = field(default_factory=RunConfig)
     """Logging and checkpoints."""
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    """Which steps profile torch records."""
     task: dict[str, TaskConfig] = field(default_factory=dict)
     """Settings of each task; groups named after the tasks in YAML and on the command line."""
 

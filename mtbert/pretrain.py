@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mtbert.cli import config_from_file, option_value, parse_train, run_main
+from mtbert.cli import config_from_file, option_value, parse_train, resume_options, run_main
 from mtbert.engine.mlm_run import run_mlm
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
                 raise ConfigError(
                     f"{resumed} trains tasks: go on with python -m mtbert.train --resume {resumed}"
                 )
-            config = config_from_file(run.config_path)
+            config = config_from_file(run.config_path, resume_options(arguments))
             run.lock()
             run_mlm(config, run, resumed=True)
         return

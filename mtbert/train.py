@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from mtbert.cli import config_from_file, option_value, parse_train, run_main
+from mtbert.cli import config_from_file, option_value, parse_train, resume_options, run_main
 from mtbert.config import TrainConfig, to_yaml
 from mtbert.engine.assembly import assemble
 from mtbert.engine.build import (
@@ -24,17 +25,20 @@ from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
+from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError
+from mtbert.evaluation.profile import profile_text, read_profile
 from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table
 from mtbert.evaluation.run import read_run
 from mtbert.evaluation.seeds import write_seeds
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.ranges import span
 from mtbert.tasks.loading import SAMPLE
 
 logger = logging.getLogger("mtbert.train")  # __name__ is __main__ when it is run
@@ -44,11 +48,7 @@ def main(arguments: list[str]) -> None:
     """Train, or resume, as the command line says."""
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
-        if len(arguments) > (1 if "=" in arguments[0] else 2):
-            raise ConfigError(
-                "--resume takes everything from the run's config.yaml: give no other option with it"
-            )
-        resume(Path(resumed))
+        resume(Path(resumed), resume_options(arguments))
         return
     config = parse_train(arguments)
     with RunFolder.create(config.output, name_hint="-".join(config.tasks)) as run:
@@ -58,23 +58,26 @@ def main(arguments: list[str]) -> None:
             train_seeds(config, run)
 
 
-def resume(folder: Path) -> None:
-    """Go on with an interrupted run, or with the runs of several seeds."""
+def resume(folder: Path, options: Sequence[str] = ()) -> None:
+    """Go on with an interrupted run, or with the runs of several seeds. options: of the profile."""
     with RunFolder.open(folder) as run:
         if run.is_mlm:
             raise ConfigError(
                 f"{folder} is masked-language modelling: go on with python -m mtbert.pretrain --resume {folder}"
             )
-        config = config_from_file(run.config_path)
+        config = config_from_file(run.config_path, options)
         run.lock()
         if config.seeds == 1:
             train(config, run, resumed=True)
         else:
-            train_seeds(config, run)
+            train_seeds(config, run, options)
 
 
-def train_seeds(config: TrainConfig, parent: RunFolder) -> None:
-    """One run a seed in folders of their own, finished ones skipped, then mean and deviation."""
+def train_seeds(config: TrainConfig, parent: RunFolder, options: Sequence[str] = ()) -> None:
+    """One run a seed in folders of their own, finished ones skipped, then mean and deviation.
+
+    options: of the profile, for those that are resumed.
+    """
     parent.write_text(parent.config_path, to_yaml(config))
     runs = [parent.path / f"seed-{config.seed + number}" for number in range(config.seeds)]
     for number, folder in enumerate(runs):
@@ -82,7 +85,7 @@ def train_seeds(config: TrainConfig, parent: RunFolder) -> None:
         if (folder / "report.md").is_file():
             print(f"{folder}: finished before")
         elif (folder / "config.yaml").is_file():
-            resume(folder)
+            resume(folder, options)
         else:
             with RunFolder.create(folder, name_hint="") as run:
                 train(one, run)
@@ -132,17 +135,25 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
             )
             if resumed:
                 trainer.resume()
-            trainer.fit()
-
-        load_best_weights(model, run.checkpoints)
-        predictions = predict_all(
-            forward, parts.tasks, data, max_tokens=config.max_tokens, folder=run.path, mode=config.mode
-        )
+            with profiling(config, run.path, machine, model, model.encoder.config):
+                trainer.fit()
+                load_best_weights(model, run.checkpoints)
+                with span("prediction"):
+                    predictions = predict_all(
+                        forward,
+                        parts.tasks,
+                        data,
+                        max_tokens=config.max_tokens,
+                        folder=run.path,
+                        mode=config.mode,
+                    )
         resamples = config.evaluation.resamples
         write_report(run.path, parts.tasks, dev_examples(data), resamples=resamples)
     print(f"\n{results_table(run_results(read_run(run.path), parts.tasks, predictions, resamples))}")
     if config.data == SAMPLE:
         print("\nThe sample is synthetic: these scores say that training works, not how good the model is.")
+    if config.profile == "torch" and (profile := read_profile(run.path)) is not None:
+        print(f"\n{profile_text(profile, run.path)}")
     print(f"\nrun: {run.path}\nreport: {run.report_path}")
 
 

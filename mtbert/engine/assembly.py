@@ -21,6 +21,7 @@ from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
+from mtbert.engine.profiling import check_profile
 from mtbert.engine.sense import check_sense
 from mtbert.engine.step import TrainStep
 from mtbert.model.multitask import MultiTaskModel
@@ -50,6 +51,7 @@ class Parts:
 def assemble(config: TrainConfig) -> Parts:
     """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it."""
     check_effect(config)
+    check_profile(config)
     machine = prepare_machine(config)
     tasks = tasks_of(config)
     tables = load_tables(config.data, list(tasks.values()))

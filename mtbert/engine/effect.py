@@ -32,6 +32,8 @@ def check_effect(config: TrainConfig) -> None:
     if not config.unfreezing.gradual:
         off = "unfreezing.gradual is false"
         _refuse("unfreezing", config.unfreezing, off, "unfreezing.gradual true", only=("epochs_per_layer",))
+    if config.profile != "torch":
+        _refuse("profiling", config.profiling, f"profile is {config.profile}", "profile torch")
     for method, path, group, name in (
         ("gradvac", "surgery", config.surgery, "gradvac_decay"),
         ("cagrad", "surgery", config.surgery, "cagrad_c"),

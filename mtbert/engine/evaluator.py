@@ -18,6 +18,7 @@ from mtbert.evaluation.embedding_quality import EmbeddingQuality
 from mtbert.evaluation.halves import Selection, selection_half
 from mtbert.evaluation.metrics import TaskScores, aggregates, score
 from mtbert.losses.task_losses import TaskLoss
+from mtbert.ranges import span
 from mtbert.tasks.registry import Task
 
 
@@ -144,7 +145,8 @@ class Evaluator:
                 if split == "train" and not len(examples):
                     continue
                 data = self.data[name][split]
-                outputs = infer(self.forward, data, max_tokens=self.max_tokens, examples=examples)
+                with span("evaluation", name, split):
+                    outputs = infer(self.forward, data, max_tokens=self.max_tokens, examples=examples)
                 labels = labels_of(data)[examples]
                 scores[split][name] = score(task, labels, outputs)
                 losses[split][name] = self._mean_loss(name, outputs, labels)

@@ -15,6 +15,7 @@ from mtbert.data.packing import Request, make_segment, pack, plan_passes
 from mtbert.engine.forward import ForwardResult, PackedForward, SegmentsOf
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.ranges import span
 
 
 class FrozenForward:
@@ -44,21 +45,23 @@ class FrozenForward:
         """
         device = self.packed.device
         found, features, dropout_rows, tokens = [], {}, {}, 0
-        for request in requests:
-            data = request.data
-            each = data.rows_per_example
-            rows = (request.examples[:, None] * each + np.arange(each)).reshape(-1)
-            features[data.name] = self.features(data)[torch.from_numpy(rows).to(device)]
-            row_ids = torch.arange(request.first_row_id, request.first_row_id + len(rows), device=device)
-            dropout_rows[data.name] = (row_ids * MAX_POSITIONS).to(torch.int32)
-            segment = make_segment(request)
-            found.append(
-                replace(segment, labels=segment.labels.to(device), weights=segment.weights.to(device))
+        with span("data"):
+            for request in requests:
+                data = request.data
+                each = data.rows_per_example
+                rows = (request.examples[:, None] * each + np.arange(each)).reshape(-1)
+                features[data.name] = self.features(data)[torch.from_numpy(rows).to(device)]
+                row_ids = torch.arange(request.first_row_id, request.first_row_id + len(rows), device=device)
+                dropout_rows[data.name] = (row_ids * MAX_POSITIONS).to(torch.int32)
+                segment = make_segment(request)
+                found.append(
+                    replace(segment, labels=segment.labels.to(device), weights=segment.weights.to(device))
+                )
+                tokens += int(data.lengths[request.examples].sum())
+        with span("forward"):
+            outputs = self.packed.model.outputs_from_features(
+                features, dropout_rows=dropout_rows, dropout=dropout
             )
-            tokens += int(data.lengths[request.examples].sum())
-        outputs = self.packed.model.outputs_from_features(
-            features, dropout_rows=dropout_rows, dropout=dropout
-        )
         return ForwardResult(tuple(found), features, outputs, tokens)
 
     def features(self, data: TaskData) -> Tensor:

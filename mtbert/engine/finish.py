@@ -15,6 +15,7 @@ from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer
 from mtbert.errors import CheckpointError
 from mtbert.evaluation.predictions import SINGLE_TASK_COURSE_TASKS, Predictions, write_prediction_files
+from mtbert.ranges import span
 from mtbert.tasks.registry import Task
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,10 @@ def predict_all(
     for name, task in tasks.items():
         for split in ("dev", "test"):
             if split in data[name]:
-                predictions = predict_split(forward, task, data[name][split], split, max_tokens=max_tokens)
+                with span("prediction", name, split):
+                    predictions = predict_split(
+                        forward, task, data[name][split], split, max_tokens=max_tokens
+                    )
                 write_prediction_files(folder, task, predictions, mode=course_mode)
                 if split == "dev":
                     dev[name] = predictions

@@ -15,6 +15,7 @@ from mtbert.kernels.segments import Segments
 from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.ranges import span
 
 SegmentsOf = Callable[[PackedBatch], Segments | None]
 """Where the gradients of a batch's tasks go, when they are wanted one by one."""
@@ -64,8 +65,10 @@ class PackedForward:
         self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
     ) -> ForwardResult:
         """Pack, move to the device, run the model."""
-        batch = pack(requests).to(self.device, non_blocking=True)
-        rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
+        with span("data"):
+            batch = pack(requests).to(self.device, non_blocking=True)
+        with span("forward"):
+            rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
         return ForwardResult(batch.segments, rows, outputs, batch.tokens, batch)
 
 
@@ -139,7 +142,7 @@ class TrainingPass:
         batch = self.sub_batch(streams)
         chosen = self._forward.model if model is None else model
         own = trained and model is None
-        with contextlib.nullcontext() if trained else _untrained(chosen):
+        with span("forward"), contextlib.nullcontext() if trained else _untrained(chosen):
             rows, outputs = run_model(
                 chosen,
                 batch,

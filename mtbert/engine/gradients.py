@@ -21,6 +21,7 @@ from mtbert.kernels.segments import Segments, companion
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.mixout import Mixout
 from mtbert.optim.surgery import Combined, Surgery, cosines
+from mtbert.ranges import span
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ class SummedGradients(StepGradients):
     def finish(self, step: int) -> None:
         """Nothing to combine."""
         if self.mixout is not None:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self._scaled(parameter, parameter.grad)
+            with span("regularisation"):
+                for parameter in self.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad = self._scaled(parameter, parameter.grad)
 
 
 class TaskGradients(StepGradients):
@@ -104,6 +106,10 @@ class TaskGradients(StepGradients):
 
     def finish(self, step: int) -> GradientReport | None:
         """Combine the tasks' gradients."""
+        with span("surgery"):
+            return self._combine(step)
+
+    def _combine(self, step: int) -> GradientReport:
         gradients = self._task_gradients()
         first = next(self.model.parameters())
         gram = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=first.device)
@@ -207,7 +213,8 @@ class PerTaskGradients(TaskGradients):
             if task not in losses or not losses[task].requires_grad:
                 continue
             wanted = [*self.shared, *self.rest]
-            found = torch.autograd.grad(losses[task], wanted, retain_graph=True, allow_unused=True)
+            with span("backward", task):
+                found = torch.autograd.grad(losses[task], wanted, retain_graph=True, allow_unused=True)
             for parameter, gradient in zip(self.shared, found, strict=False):
                 if gradient is not None:
                     before = self.sums[place].get(parameter)

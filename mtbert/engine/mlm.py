@@ -22,6 +22,7 @@ from mtbert.engine.step import StepResult, update
 from mtbert.evaluation.metrics import TaskScores
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.mlm_head import MlmModel
+from mtbert.ranges import span
 
 NAME = "mlm"
 """Stands where other runs have the names of tasks."""
@@ -53,10 +54,15 @@ class MlmForward:
 
     def __call__(self, masked: MaskedBatch, dropout: DropoutStream | None) -> tuple[Tensor, Tensor]:
         """Scores [M, V] of all words at the hidden tokens, and the cross-entropy [M], at least float32."""
-        masked = masked.to(self.device, non_blocking=True)
-        scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        return scores, F.cross_entropy(wide, masked.targets, reduction="none")
+        with span("data"):
+            masked = masked.to(self.device, non_blocking=True)
+        with span("forward"):
+            scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
+        with span("loss"), span("loss", NAME) as opened:
+            wide = scores if scores.dtype == torch.float64 else scores.float()
+            losses = F.cross_entropy(wide, masked.targets, reduction="none")
+            opened.ends_in(losses)
+        return scores, losses
 
 
 class MlmStep:
@@ -96,9 +102,11 @@ class MlmStep:
 
     def accumulate(self, plan: Plan, step: int) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
-        self.optimizer.zero_grad(set_to_none=True)
+        with span("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
-        passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
+        with span("data"):
+            passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
         hidden = sum(len(masked.targets) for masked in passes)
         total = torch.zeros((), device=self.forward.device)
         examples: list[tuple[Segment, Tensor]] = []
@@ -107,12 +115,14 @@ class MlmStep:
                 continue
             _, losses = self.forward(masked, dropout)
             share = losses.sum() / hidden
-            share.backward()
+            with span("backward"):
+                share.backward()
             total = total + share.detach()
             examples.append((masked.batch.segments[0], _by_sentence(masked, losses.detach())))
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None], foreach=True
-        )
+        with span("optimizer"):
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None], foreach=True
+            )
         return StepResult(
             step=step,
             losses={NAME: total},

@@ -24,6 +24,7 @@ from mtbert.engine.finish import load_best_weights
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep
+from mtbert.engine.profiling import check_profile, profiling
 from mtbert.engine.run_folder import MLM_RUN, RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
@@ -31,6 +32,9 @@ from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError
 from mtbert.evaluation.history import epoch_text, read_history
 from mtbert.evaluation.markdown import escape
+from mtbert.evaluation.plots.profile_plot import profile_plot
+from mtbert.evaluation.plots.style import Source, save
+from mtbert.evaluation.profile import profile_section, read_profile
 from mtbert.evaluation.table import Cell, markdown_table
 from mtbert.model.build import sizes_of
 from mtbert.model.mlm_head import MlmHead, MlmModel, load_mlm_head
@@ -112,6 +116,7 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
 
     settings = config.pretraining
     with logging_to(run.log_path), memory_errors(config.max_tokens):
+        check_profile(config)
         machine = prepare_machine(config)
         folder = resolve(config.model.pretrained)
         data = mlm_data(config, folder)
@@ -155,7 +160,8 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
             )
             if resumed:
                 trainer.resume()
-            trainer.fit()
+            with profiling(config, run.path, machine, model, model.encoder.config):
+                trainer.fit()
         load_best_weights(model, run.checkpoints)
         report = _report(config, run)
         run.write_text(run.report_path, report)
@@ -214,4 +220,13 @@ def _report(config: TrainConfig, run: RunFolder) -> str:
         f"{escape(config.model.pretrained)}, trained on {counts['train']:,} sentences of"
         f" {', '.join(config.tasks)}; scored on {counts['held_out']:,} others of the same training tables, where"
         f" {config.pretraining.mlm_probability:g} of the tokens are hidden.\n\n{table}\n"
+        + _profile(run, str(record["git"]))
     )
+
+
+def _profile(run: RunFolder, git: str) -> str:
+    found = read_profile(run.path)
+    if found is None:
+        return ""
+    plot = save(profile_plot(found, Source(run.name, git)), run.plots / "profile.png")
+    return f"\n{profile_section(found, {'profile': plot}, run.path)}\n"

@@ -18,6 +18,7 @@ def check_sense(config: TrainConfig, model: MultiTaskModel, curriculum: Curricul
     _check_surgery(config, model, curriculum)
     _check_losses(config)
     _check_untrained_heads(config, model)
+    _check_profile(config, curriculum)
     if (
         config.simcse.tasks
         and not config.simcse.supervised
@@ -51,6 +52,17 @@ def _check_surgery(config: TrainConfig, model: MultiTaskModel, curriculum: Curri
         raise ConfigError(
             f"{asked} combines gradients of trained parameters that tasks share, and there are none: the mode is"
             f" {config.mode}{' with adapters for each task' if config.model.lora.per_task else ''}; possible: sum"
+        )
+
+
+def _check_profile(config: TrainConfig, curriculum: Curriculum) -> None:
+    """The steps must last until a profile begins."""
+    skipped, steps = config.profiling.skip_steps, curriculum.total_steps
+    if config.profile == "torch" and skipped >= steps:
+        below = f"profiling.skip_steps below {steps}, " if steps > 1 else ""
+        raise ConfigError(
+            f"profiling.skip_steps: {skipped} steps are left out before the first that is recorded, but training on"
+            f" {', '.join(config.tasks)} takes {steps}; possible: {below}more epochs, or profile none"
         )
 
 

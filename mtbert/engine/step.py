@@ -28,6 +28,7 @@ from mtbert.model.dropout import DropoutStream
 from mtbert.optim.mixout import Mixout
 from mtbert.optim.pretrained_decay import PretrainedDecay
 from mtbert.optim.surgery import Surgery, UncertaintyWeights
+from mtbert.ranges import span
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,21 @@ class TrainStep:
         result = self.accumulate(plan, step, progress)
         update(self.optimizer, result, self.clip_norm)
         for objective in self.objectives:
-            objective.after_step()
+            with span("regularisation"):
+                objective.after_step()
         return result
 
     def accumulate(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
-        self.optimizer.zero_grad(set_to_none=True)
+        with span("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
         sums = _Sums()
-        passes = plan_passes(self._streams(plan, step), self.data, self.max_tokens)
-        if not passes:
-            raise ValueError("a step needs at least one example")
-        gradients = self._gradients(plan, passes)
+        with span("data"):
+            passes = plan_passes(self._streams(plan, step), self.data, self.max_tokens)
+            if not passes:
+                raise ValueError("a step needs at least one example")
+            gradients = self._gradients(plan, passes)
         with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext():
             for requests in passes:
                 result = self.forward(requests, dropout, gradients.segments)
@@ -160,14 +164,19 @@ class TrainStep:
                     step=step,
                     progress=progress,
                 )
-                gradients.backward(self._losses(run, sums))
+                with span("loss"):
+                    losses = self._losses(run, sums)
+                with span("backward"):
+                    gradients.backward(losses)
                 sums.tokens += result.tokens
         report = gradients.finish(step)
         if self.pretrained_decay is not None:
-            self.pretrained_decay.add_gradients()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None], foreach=True
-        )
+            with span("regularisation"):
+                self.pretrained_decay.add_gradients()
+        with span("optimizer"):
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None], foreach=True
+            )
         # A step may hold nothing that an objective can use, and then it trains nothing.
         total = torch.stack([torch.zeros_like(norm), *(loss.to(norm) for loss in sums.totals.values())]).sum()
         finite = torch.isfinite(norm) & torch.isfinite(total)
@@ -219,19 +228,24 @@ class TrainStep:
             segment = run.segment(task)
             if segment is None:
                 continue
-            per_example = task_loss.per_example(run.outputs[task], segment.labels)
-            sums.examples.append((segment, per_example.detach()))
-            weights = segment.weights.to(per_example.dtype)
-            mean_share = (per_example * weights).sum()
-            _add(sums.tasks, task, mean_share)
-            if task_loss.weight:
-                losses[task] = task_loss.weight * mean_share
-            if self.uncertainty is not None and task in losses:
-                losses[task] = self.uncertainty(task, losses[task], weights.sum())
+            with span("loss", task) as opened:
+                per_example = task_loss.per_example(run.outputs[task], segment.labels)
+                sums.examples.append((segment, per_example.detach()))
+                weights = segment.weights.to(per_example.dtype)
+                mean_share = (per_example * weights).sum()
+                _add(sums.tasks, task, mean_share)
+                if task_loss.weight:
+                    losses[task] = task_loss.weight * mean_share
+                if self.uncertainty is not None and task in losses:
+                    losses[task] = self.uncertainty(task, losses[task], weights.sum())
+                if task in losses:
+                    opened.ends_in(losses[task])
         for objective in self.objectives:
-            for task, loss in objective.losses(run).items():
-                _add(sums.objectives, f"{task}/{objective.name}", loss)
-                losses[task] = losses[task] + loss if task in losses else loss
+            with span("loss", objective.name) as opened:
+                for task, loss in objective.losses(run).items():
+                    opened.ends_in(loss)
+                    _add(sums.objectives, f"{task}/{objective.name}", loss)
+                    losses[task] = losses[task] + loss if task in losses else loss
         for task, loss in losses.items():
             _add(sums.totals, task, loss)
         return losses
@@ -239,13 +253,14 @@ class TrainStep:
 
 def update(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float) -> None:
     """Clip the gradient to `clip_norm` (0: not) and step, unless the loss or the gradient is not finite."""
-    if clip_norm > 0:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, result.grad_norm)
-    # torch's fused AdamW leaves parameters and moments alone when found_inf is 1, without a host round trip.
-    optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.step()
+    with span("optimizer"):
+        if clip_norm > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, result.grad_norm)
+        # torch's fused AdamW leaves parameters and moments alone when found_inf is 1, without a host round trip.
+        optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
 
 
 class _Sums:

@@ -28,6 +28,7 @@ from mtbert.errors import CheckpointError, ConfigError, Interrupted
 from mtbert.evaluation.metrics import TaskScores, aggregates
 from mtbert.optim.schedule import ScheduleConfig, factor, set_learning_rate
 from mtbert.optim.unfreezing import Unfreezing
+from mtbert.ranges import span
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +163,14 @@ class Trainer:
                 lr = set_learning_rate(self.optimizer, share)
                 if self.unfreezing is not None:
                     self.unfreezing.apply(self.epoch)
-                started = time.perf_counter()
-                result = self.train_step(
-                    self.curriculum.next(), progress.step, progress.step / self.total_steps
-                )
-                self._collect()
-                elapsed = time.perf_counter() - started
+                with span("step", progress.step + 1):
+                    started = time.perf_counter()
+                    with span("data"):
+                        plan = self.curriculum.next()
+                    result = self.train_step(plan, progress.step, progress.step / self.total_steps)
+                    with span("synchronize"):
+                        self._collect()
+                    elapsed = time.perf_counter() - started
                 self._pending = result
                 progress.step += 1
                 progress.seconds += elapsed
@@ -268,9 +271,10 @@ class Trainer:
         phase: the task whose pass has just ended, where tasks have passes of their own.
         """
         progress = self.progress
-        self.model.eval()
-        result = self.evaluator.evaluate()
-        self.model.train()
+        with span("evaluation"):
+            self.model.eval()
+            result = self.evaluator.evaluate()
+            self.model.train()
         self._write(
             {
                 "kind": "evaluation",
@@ -303,20 +307,21 @@ class Trainer:
 
     def checkpoint(self) -> Path:
         """Save everything that the rest of the run depends on; returns the checkpoint's folder."""
-        self.log.sync()
-        return self.store.save(
-            self.progress.step,
-            model=self.model.state_dict(),
-            optimizer=optimizer_tensors(self.optimizer, self.model)
-            | {f"{_METHODS}{name}": value for name, value in self.train_step.state().items()},
-            state={
-                "progress": self.progress.to_json(),
-                "curriculum": self.curriculum.state(),
-                "window": vars(self._window),
-                "fingerprint": self.fingerprint,
-            },
-            best_step=self.progress.best_step,
-        )
+        with span("checkpoint"):
+            self.log.sync()
+            return self.store.save(
+                self.progress.step,
+                model=self.model.state_dict(),
+                optimizer=optimizer_tensors(self.optimizer, self.model)
+                | {f"{_METHODS}{name}": value for name, value in self.train_step.state().items()},
+                state={
+                    "progress": self.progress.to_json(),
+                    "curriculum": self.curriculum.state(),
+                    "window": vars(self._window),
+                    "fingerprint": self.fingerprint,
+                },
+                best_step=self.progress.best_step,
+            )
 
     def resume(self) -> None:
         """Continue from the newest usable checkpoint, or from the start when there is none yet."""

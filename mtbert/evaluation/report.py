@@ -20,6 +20,7 @@ from mtbert.evaluation.metrics import TaskScores, class_names
 from mtbert.evaluation.plots import write_plots
 from mtbert.evaluation.plots.curves import loss_unit
 from mtbert.evaluation.predictions import Predictions
+from mtbert.evaluation.profile import profile_section
 from mtbert.evaluation.results import Results, class_table_rows, result_rows, results
 from mtbert.evaluation.run import Run, check_tasks, read_run, run_baselines
 from mtbert.evaluation.table import Cell, markdown_table
@@ -67,6 +68,7 @@ def write_report(
         ),
         _data(run, chosen, plots, folder),
         _training(run, plots, folder),
+        "" if run.profile is None else profile_section(run.profile, plots, folder),
         "## Configuration\n\n" + fenced(run.config_text, "yaml") if run.config_text else "",
     ]
     return write_text(folder / "report.md", "\n\n".join(filter(None, sections)) + "\n")

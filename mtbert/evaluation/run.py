@@ -15,6 +15,7 @@ from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.baselines import Baselines, baselines_from_histograms
 from mtbert.evaluation.history import History, read_history
 from mtbert.evaluation.predictions import Predictions, predictions_path, read_outputs
+from mtbert.evaluation.profile import ProfileFacts, read_profile
 
 if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
@@ -31,6 +32,8 @@ class Run:
     info: dict[str, Any]
     history: History
     config_text: str
+    profile: ProfileFacts | None = None
+    """Where the time of some steps went, for a run that torch's profiler has recorded."""
 
     @property
     def name(self) -> str:
@@ -108,6 +111,7 @@ def read_run(folder: Path) -> Run:
         info=info,
         history=read_history(metrics) if metrics.exists() else History(),
         config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
+        profile=read_profile(folder),
     )
 
 

@@ -42,6 +42,7 @@ from mtbert.losses.divergence import (
 )
 from mtbert.losses.objective import Objective, ObjectiveContext, Pass
 from mtbert.model.dropout import EMBEDDING, DropoutStream
+from mtbert.ranges import span
 
 NOISE_SITE = EMBEDDING + 1
 """Place of the initial noise among the sites of `mtbert.model.dropout`: no dropout has it."""
@@ -202,7 +203,8 @@ class SmartObjective(Objective):
                 streams, noise=noise, trained=False, dropout=masks(), dtype=self.dtype
             ).outputs
             mean = torch.stack(list(self._means(run, streams, changed, clean).values())).sum()
-            (gradient,) = torch.autograd.grad(mean, noise)
+            with span("backward"):
+                (gradient,) = torch.autograd.grad(mean, noise)
             noise = noise.detach()
             size, epsilon = config.step_size, config.epsilon
             if config.projection == "paper":

@@ -12,11 +12,13 @@ from torch import Tensor
 from mtbert.kernels.segments import Segments
 from mtbert.model.bert import BertEncoder
 from mtbert.model.context import PackedTokens, TaskSegment
+from mtbert.ranges import operation
 
 Pooling = Literal["cls", "pooler", "mean"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
+@operation("pooling")
 def pool(
     pooling: str,
     encoder: BertEncoder,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtbert import kernels
 from mtbert.errors import ConfigError
 from mtbert.model.dropout import check_probability, mixout_site
+from mtbert.ranges import span
 
 _LINEAR = re.compile(
     r"layers\.\d+\.(query_key_value|attention_output|intermediate|output)\.weight|pooler\.weight"
@@ -62,11 +63,12 @@ class Mixout:
         kept: list[tuple[nn.Parameter, Tensor]] = []
         try:
             if self._mask.threshold:
-                for parameter, number in self._numbers.items():
-                    weight, pretrained = parameter.data, self._pretrained[number]
-                    mixed = self._masked(number, weight - pretrained).add_(pretrained)
-                    kept.append((parameter, weight))
-                    parameter.data = mixed
+                with span("regularisation"):
+                    for parameter, number in self._numbers.items():
+                        weight, pretrained = parameter.data, self._pretrained[number]
+                        mixed = self._masked(number, weight - pretrained).add_(pretrained)
+                        kept.append((parameter, weight))
+                        parameter.data = mixed
             yield
         finally:
             for parameter, weight in kept:

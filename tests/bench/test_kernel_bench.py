@@ -14,7 +14,6 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from bench import gpu, kernel_bytes
-from bench.flops import EncoderSizes, training_flops
 from bench.kernel_calls import OPERATIONS, Setting, linear_bias_gelu
 from bench.kernel_comparisons import AIMS, COPY, OWN, Plan, compare, compare_layer
 from bench.kernel_peers import PEERS, Parts, _nested, _padded
@@ -25,6 +24,7 @@ from bench.workload import MIX, _rows
 from mtbert.data.dataset import TaskData
 from mtbert.data.tokenisation import Tokeniser, tokenise
 from mtbert.engine.build import form_of
+from mtbert.engine.flops import EncoderSizes, training_flops
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import get_task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtbert.cli import config_from_file, load_plugins, parse_train, presets, run_main
+from mtbert.cli import config_from_file, load_plugins, parse_train, presets, resume_options, run_main
 from mtbert.config import to_yaml
 from mtbert.errors import ConfigError, Interrupted
 from mtbert.tasks.registry import TASKS
@@ -158,3 +158,47 @@ def test_user_errors_end_with_a_message_and_their_exit_code(
     with pytest.raises(SystemExit) as exit_info:
         run_main(stop)
     assert exit_info.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--resume", "runs/a"], []),
+        (["--resume=runs/a"], []),
+        (["--resume", "runs/a", "--profile", "nvtx"], ["--profile", "nvtx"]),
+        (
+            ["--profile=torch", "--profiling.skip_steps", "3", "--resume", "runs/a"],
+            ["--profile=torch", "--profiling.skip_steps", "3"],
+        ),
+    ],
+)
+def test_a_resumption_takes_a_profile_beside_it(arguments: list[str], options: list[str]) -> None:
+    assert resume_options(arguments) == options
+
+
+@pytest.mark.parametrize("other", ["--seed", "--profiler=x", "runs/b", "--epochs=3"])
+def test_a_resumption_takes_nothing_else(other: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"--resume takes everything.*found {other} beside it; possible: --profile"
+    ):
+        resume_options(["--resume", "runs/a", other])
+
+
+def test_a_profile_is_chosen_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(parse_train(["--profile", "torch", "--profiling.active_steps", "7"])))
+    assert config_from_file(file).profiling.active_steps == 7
+    found = config_from_file(file, ["--profile", "none", "--profiling.active_steps=5"])
+    assert (found.profile, found.profiling.active_steps) == ("none", 5)
+    with pytest.raises(ConfigError, match="profile: expected none, nvtx, torch, found cupti"):
+        config_from_file(file, ["--profile", "cupti"])
+
+
+def test_help_says_what_a_profile_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--profile {none,nvtx,torch}" in shown
+    assert "ranges for NVIDIA Nsight Systems" in shown
+    assert "--profiling.active_steps" in shown
+    assert "Steps before the first recorded one" in shown

@@ -10,6 +10,7 @@ import pytest
 from mtbert.config import TrainConfig
 from mtbert.engine.effect import check_effect
 from mtbert.engine.pretraining import PretrainingConfig
+from mtbert.engine.profiling import ProfilingConfig
 from mtbert.errors import ConfigError
 from mtbert.losses.simcse import SimCseConfig
 from mtbert.losses.smart import SmartConfig
@@ -35,6 +36,10 @@ LORA = replace(TrainConfig().model, lora=LoraConfig(rank=4))
         ({"unfreezing": UnfreezingConfig(epochs_per_layer=2)}, "unfreezing.epochs_per_layer.*gradual"),
         ({"surgery": SurgeryConfig(cagrad_c=0.1)}, "surgery.cagrad_c.*method is sum.*method cagrad"),
         ({"optim": OptimizerConfig(uncertainty_lr=0.1)}, "optim.uncertainty_lr.*uncertainty"),
+        (
+            {"profile": "nvtx", "profiling": ProfilingConfig(active_steps=9)},
+            "profiling.active_steps: 9 would have no effect, because profile is nvtx; possible: profile torch",
+        ),
     ],
 )
 def test_refused(settings: dict[str, Any], message: str) -> None:
@@ -50,6 +55,7 @@ def test_refused(settings: dict[str, Any], message: str) -> None:
         {"mode": "lora", "model": LORA},
         {"pretraining": PretrainingConfig(mlm_epochs=1, mlm_lr=1e-4)},
         {"surgery": SurgeryConfig(method="cagrad", cagrad_c=0.1)},
+        {"profile": "torch", "profiling": ProfilingConfig(active_steps=9)},
         {"surgery": SurgeryConfig(method="uncertainty"), "optim": OptimizerConfig(uncertainty_lr=0.1)},
     ],
 )

@@ -17,6 +17,7 @@ from mtbert.evaluation.plots.method_plots import (
     gradient_curves,
     objective_curves,
 )
+from mtbert.evaluation.plots.profile_plot import profile_plot
 from mtbert.evaluation.plots.similarity import similarity_plot
 from mtbert.evaluation.plots.style import Source, save
 from mtbert.evaluation.predictions import predictions_from_outputs
@@ -34,7 +35,7 @@ def write_plots(
     """Write plots/*.png into the run's folder and return their paths by name; what has no data is left out.
 
     `tasks` are the run's own. Names: `losses`, `metrics`, `objectives`, `gradients`, `embedding`, `forgetting`,
-    `optimiser`, `speed`, `labels`, `confusion-TASK` and `similarity-TASK`.
+    `optimiser`, `speed`, `profile`, `labels`, `confusion-TASK` and `similarity-TASK`.
     """
     source = Source(run.name, run.git)
     history, drawn = run.history, {}
@@ -74,4 +75,6 @@ def write_plots(
         drawn["optimiser"] = optimiser_curves(history, source)
     if history.epochs:
         drawn["speed"] = speed_plot(history, source, cached=run.features_cached)
+    if run.profile is not None:
+        drawn["profile"] = profile_plot(run.profile, source)
     return {name: save(figure, run.folder / "plots" / f"{name}.png") for name, figure in drawn.items()}

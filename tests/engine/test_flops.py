@@ -8,7 +8,7 @@ import torch
 from support.packed import random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.flops import EncoderSizes, training_flops
+from mtbert.engine.flops import EncoderSizes, training_flops
 from mtbert.kernels.dispatch import use_backend
 from mtbert.model.bert import BertConfig, BertEncoder
 from mtbert.model.dropout import DropoutRates
