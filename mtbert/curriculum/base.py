@@ -150,9 +150,10 @@ def _starts(start: Mapping[str, int], tasks: list[str], epochs: float) -> dict[s
     _check_known("curriculum.start", list(start), tasks)
     for task, epoch in start.items():
         if epoch >= epochs:
+            last = math.ceil(epochs) - 1
             raise ConfigError(
                 f"curriculum.start: {task} would join after {epoch} epochs and never be trained, because training has"
-                f" {epochs:g}; possible: 0 to {math.ceil(epochs) - 1}"
+                f" {epochs:g}; possible: {f'0 to {last}' if last else 0}"
             )
     starts = {task: start.get(task, 0) for task in tasks}
     if min(starts.values()) > 0:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mtbert.errors import ConfigError
+from mtbert.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
@@ -34,6 +35,13 @@ def check_effect(config: TrainConfig) -> None:
         _refuse("unfreezing", config.unfreezing, off, "unfreezing.gradual true", only=("epochs_per_layer",))
     if config.profile != "torch":
         _refuse("profiling", config.profiling, f"profile is {config.profile}", "profile torch")
+    if not config.model.extra_hidden.depth:
+        off = "model.extra_hidden.depth is 0"
+        _refuse("model.extra_hidden", config.model.extra_hidden, off, "model.extra_hidden.depth above 0")
+    if not config.model.pals.size:
+        _refuse("model.pals", config.model.pals, "model.pals.size is 0", "model.pals.size above 0")
+    _check_thresholds(config)
+    _check_phases(config)
     for method, path, group, name in (
         ("gradvac", "surgery", config.surgery, "gradvac_decay"),
         ("cagrad", "surgery", config.surgery, "cagrad_c"),
@@ -42,6 +50,41 @@ def check_effect(config: TrainConfig) -> None:
         if config.surgery.method != method:
             off = f"surgery.method is {config.surgery.method}"
             _refuse(path, group, off, f"surgery.method {method}", only=(name,))
+
+
+def _check_thresholds(config: TrainConfig) -> None:
+    """Only similarity scores are compared with a threshold, and not by every variant of an objective."""
+    simcse, cosine = config.simcse, config.cosine_embedding
+    if simcse.tasks and not simcse.supervised:
+        off = "simcse.supervised is false"
+        _refuse("simcse", simcse, off, "simcse.supervised true", only=("threshold",))
+    if cosine.tasks and cosine.labels == "extremes":
+        off = "cosine_embedding.labels is extremes"
+        _refuse("cosine_embedding", cosine, off, "labels threshold", only=("threshold",))
+    for name, fields in (
+        ("simcse", ("threshold",)),
+        ("mnrl", ("threshold",)),
+        ("cosine_embedding", ("labels", "threshold")),
+    ):
+        group = getattr(config, name)
+        if group.tasks and not any(_has_scores(task) for task in group.tasks):
+            off = f"{name}.tasks names no similarity ({', '.join(group.tasks)})"
+            _refuse(name, group, off, f"a similarity in {name}.tasks", only=fields)
+
+
+def _has_scores(task: str) -> bool:
+    return task not in TASKS or TASKS[task].kind == "similarity"  # unknown tasks are refused elsewhere
+
+
+def _check_phases(config: TrainConfig) -> None:
+    """Tasks have passes of their own in a sequential curriculum of several tasks alone."""
+    mixing = config.curriculum.mixing
+    if config.evaluation.every == "phase" and (mixing != "sequential" or len(config.tasks) < 2):
+        raise ConfigError(
+            "evaluation.every: phase evaluates between the passes of several tasks, found curriculum.mixing"
+            f" {mixing} with tasks {', '.join(config.tasks)}; possible: epoch, or curriculum.mixing sequential with"
+            " several tasks"
+        )
 
 
 def _refuse(path: str, group: Any, off: str, possible: str, only: tuple[str, ...] | None = None) -> None:

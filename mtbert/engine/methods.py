@@ -24,7 +24,7 @@ from mtbert.losses.task_losses import TaskLoss
 from mtbert.losses.triplet import build_triplet
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.adamw import build_optimizer
-from mtbert.optim.mixout import Mixout
+from mtbert.optim.mixout import build_mixout
 from mtbert.optim.pretrained_decay import PretrainedDecay
 from mtbert.optim.surgery import Surgery, UncertaintyWeights
 
@@ -116,7 +116,7 @@ def build_train_step(
         if config.surgery.needs_task_gradients
         else None,
         uncertainty=uncertainty,
-        mixout=Mixout(encoder, config.mixout.p, config.seed) if config.mixout.p else None,
+        mixout=build_mixout(config.mixout, model, config.seed),
         pretrained_decay=PretrainedDecay(encoder, config.optim.pretrained_decay)
         if config.optim.pretrained_decay
         else None,

@@ -108,8 +108,9 @@ class Stage:
 def stages(config: TrainConfig, folder: Path) -> list[Stage]:
     """The runs that `config` asks for before the run in `folder`, in their order. Raises ConfigError.
 
-    They have the run's data, seed, machine and evaluation, and train the whole plain encoder to their last epoch:
-    adapters, variants that a `BertModel` has no place for, objectives and surgery are the run's own.
+    They have the run's data, seed, machine and evaluation. They train the whole plain encoder: adapters, variants that
+    a `BertModel` has no place for, objectives and surgery are the run's own. They do not stop early, and what follows
+    goes on from the checkpoint that is best on dev (of masked words: on the sentences held out).
     """
     settings, planned = config.pretraining, []
     start = config.model.pretrained
@@ -128,7 +129,11 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             model=model,
             optim=replace(config.optim, lora_plus_ratio=1.0, uncertainty_lr=OptimizerConfig.uncertainty_lr),
             schedule=config.schedule,
-            evaluation=replace(config.evaluation, patience=0),
+            evaluation=replace(
+                config.evaluation,
+                patience=0,
+                every="epoch" if config.evaluation.every == "phase" else config.evaluation.every,
+            ),
             run=config.run,
             **changes,
         )
@@ -154,7 +159,10 @@ def check_stages(config: TrainConfig, folder: Path, assemble: Callable[[TrainCon
     for stage in stages(config, folder):
         if stage.name != MLM and not stage.done:
             model = replace(stage.config.model, pretrained=config.model.pretrained)
-            assemble(replace(stage.config, model=model))
+            try:
+                assemble(replace(stage.config, model=model))
+            except ConfigError as error:
+                raise ConfigError(f"in the stage {stage.name} before the run: {error}") from error
 
 
 def run_pretraining(config: TrainConfig, run: RunFolder, train: Train) -> TrainConfig:

@@ -16,7 +16,7 @@ from mtbert.tasks.registry import Task
 
 
 class SentenceQuality:
-    """Measures when it is called. Its sentences are a stream `{task}/quality` of the model, without a head."""
+    """Measures when it is called. Its sentences are a probe `{task}/quality` of the model, which trains nothing."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class SentenceQuality:
             truncate=truncate,
         )
         self.max_tokens = max_tokens
-        forward.model.add_stream(self.data.name, pooling)
+        forward.model.add_probe(self.data.name, pooling)
 
     def __call__(self) -> EmbeddingQuality:
         """Quality of the embeddings, without dropout."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,6 +53,9 @@ class StepResult:
     """Every task's segments of the step with the losses of their examples, for naming culprits."""
     gradients: GradientReport | None = None
     """The tasks' gradients, where they were taken one by one."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Learned factor of each task's loss in this step, 0-d, beside its `loss.weight`; empty without uncertainty
+    weighting."""
 
     def check(self) -> None:
         """Raise NonFiniteError, naming the step, the tasks and the examples, unless all was finite."""
@@ -181,7 +184,16 @@ class TrainStep:
         total = torch.stack([torch.zeros_like(norm), *(loss.to(norm) for loss in sums.totals.values())]).sum()
         finite = torch.isfinite(norm) & torch.isfinite(total)
         return StepResult(
-            step, sums.tasks, sums.objectives, total, norm, finite, sums.tokens, tuple(sums.examples), report
+            step,
+            sums.tasks,
+            sums.objectives,
+            total,
+            norm,
+            finite,
+            sums.tokens,
+            tuple(sums.examples),
+            report,
+            self._learned_weights(),
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -220,6 +232,12 @@ class TrainStep:
         if self.surgery.config.gradients == "per-task":
             return PerTaskGradients(self.model, self.surgery, tasks, self.mixout)
         return OnePassGradients(self.model, self.surgery, tasks, self.mixout, passes)
+
+    def _learned_weights(self) -> dict[str, Tensor]:
+        """The learned weights of the tasks whose losses have them."""
+        if self.uncertainty is None:
+            return {}
+        return {task: w for task, w in self.uncertainty.weights().items() if self.losses[task].weight}
 
     def _losses(self, run: TrainingPass, sums: _Sums) -> dict[str, Tensor]:
         """The weighted loss of each task in one pass: its own and its parts of the objectives."""

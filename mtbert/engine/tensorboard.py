@@ -33,6 +33,7 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     if record["kind"] == "step":
         pairs = [(f"loss/{task}", value) for task, value in record["loss"].items()]
         pairs += [(f"objective/{name}", value) for name, value in record.get("objective", {}).items()]
+        pairs += [(f"weight/{task}", value) for task, value in record.get("weights", {}).items()]
         cosines = record.get("gradients", {}).get("cosine", {})
         pairs += [(f"gradient_cosine/{tasks}", value) for tasks, value in cosines.items()]
         return [

@@ -16,6 +16,8 @@ class Window:
     counts: dict[str, int] = field(default_factory=dict)
     objective_sums: dict[str, float] = field(default_factory=dict)
     objective_counts: dict[str, int] = field(default_factory=dict)
+    weight_sums: dict[str, float] = field(default_factory=dict)
+    """Of the learned weights of the tasks' losses, which every step has."""
     gradients: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Of the gradients' cosines, norms and alterations: sum and count by task or pair of tasks."""
     gradient_steps: int = 0
@@ -33,6 +35,8 @@ class Window:
         for name, loss in result.objectives.items():
             self.objective_sums[name] = self.objective_sums.get(name, 0.0) + float(loss)
             self.objective_counts[name] = self.objective_counts.get(name, 0) + 1
+        for task, weight in result.weights.items():
+            self.weight_sums[task] = self.weight_sums.get(task, 0.0) + float(weight)
         if result.gradients is not None:
             self.gradient_steps += 1
             for kind, values in result.gradients.to_json().items():
@@ -45,10 +49,12 @@ class Window:
         self.steps += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Means of the losses, norms and cosines; sums of tokens and seconds. Empty parts are left out."""
+        """Means of the losses, weights, norms and cosines; sums of tokens and seconds. Empty parts are left out."""
         line: dict[str, Any] = {"loss": _means(self.sums, self.counts)}
         if self.objective_sums:
             line["objective"] = _means(self.objective_sums, self.objective_counts)
+        if self.weight_sums:
+            line["weights"] = {task: total / self.steps for task, total in self.weight_sums.items()}
         if self.gradients:
             line["gradients"] = {
                 kind: {name: total / count for name, (total, count) in sums.items()}

@@ -72,6 +72,14 @@ class History:
         """Loss of an objective: steps and values."""
         return _series(self.steps, "objective", name)
 
+    def weighted_tasks(self) -> list[str]:
+        """The tasks whose losses have a learned weight."""
+        return _names(self.steps, "weights")
+
+    def weights(self, task: str) -> Series:
+        """Learned weight of a task's loss, each the mean over the steps since the line before: steps and values."""
+        return _series(self.steps, "weights", task)
+
     def gradient_names(self, kind: str) -> list[str]:
         """The tasks (`norm`) or pairs of tasks (`cosine`, `conflict`, `altered`) with a figure of that kind."""
         return _names(self.steps, "gradients", kind)

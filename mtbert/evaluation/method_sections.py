@@ -31,6 +31,7 @@ def method_sections(
     sections = [
         _objectives(history, plots, folder),
         _gradients(history, plots, folder),
+        _weights(history, plots, folder),
         _embedding(history, plots, folder, dev),
         _forgetting(history, tasks, plots, folder, dev),
     ]
@@ -84,6 +85,27 @@ def _gradients(history: History, plots: Mapping[str, Path], folder: Path) -> str
         markdown_table(["task", "mean norm"], norms) if norms else "",
         note,
         image_links(plots, folder, ("gradients",)),
+    )
+
+
+def _weights(history: History, plots: Mapping[str, Path], folder: Path) -> str:
+    rows: list[list[Cell]] = []
+    for task in history.weighted_tasks():
+        _, values = history.weights(task)
+        if values:
+            rows.append([escape(task), values[0], values[-1], min(values), max(values)])
+    if not rows:
+        return ""
+    headers = ["task", "first", "last", "lowest", "highest"]
+    note = (
+        "What uncertainty weighting multiplies each task's loss by, beside its `loss.weight`; means over the steps of a"
+        " line of metrics.jsonl."
+    )
+    return _section(
+        "Learned weights",
+        markdown_table(headers, rows),
+        note,
+        image_links(plots, folder, ("weights",)),
     )
 
 

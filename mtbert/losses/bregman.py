@@ -41,8 +41,8 @@ class BregmanConfig:
     0.999. With 0 the copy is the model before the update: it holds nothing back but dropout."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ConfigError(f"bregman.weight: expected a number of at least 0, found {self.weight}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(f"bregman.weight: expected a number above 0, found {self.weight}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"bregman.momentum: expected at least 0 and below 1, found {self.momentum}")
 

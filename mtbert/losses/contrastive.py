@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_SCALE = 1000.0
+"""What cosines may be multiplied by: far more overflows float32, and already at this only the best negative counts."""
+
 
 def unit(x: Tensor) -> Tensor:
     """The rows of `[n, C]` scaled to length 1, at least in float32; a row of zeros stays, without a gradient."""

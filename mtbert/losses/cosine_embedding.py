@@ -91,6 +91,27 @@ def pair_targets(task: Task, labels: np.ndarray, config: CosineEmbeddingConfig) 
     return np.where(labels >= config.threshold, 1, -1)
 
 
+def check_both_signs(
+    task: Task, targets: np.ndarray, labels: np.ndarray, config: CosineEmbeddingConfig
+) -> None:
+    """Raise ConfigError unless some pairs are alike and others are not: else all embeddings move the same way.
+
+    targets, labels: those of the pairs that are trained on, [n].
+    """
+    if (targets > 0).any() and (targets < 0).any():
+        return
+    found = f"all {np.count_nonzero(targets)} training pairs of {task.name} that count are"
+    found += " alike" if (targets > 0).any() else " unlike"
+    if task.score_range is None or labels.min() == labels.max():
+        raise ConfigError(f"cosine_embedding.tasks: {found}; possible: tasks whose pairs are of both kinds")
+    if config.labels == "extremes":
+        raise ConfigError(f"cosine_embedding.labels: with extremes {found}; possible: threshold")
+    raise ConfigError(
+        f"cosine_embedding.threshold: with {config.threshold:g} {found}; possible: above {labels.min():g}, up to"
+        f" {labels.max():g}"
+    )
+
+
 class CosineEmbedding(EmbeddingObjective):
     """The loss over the pairs of a pass; its mean is over the step's pairs that are alike or unlike.
 
@@ -123,6 +144,8 @@ def build_cosine_embedding(
     for task in config.tasks:
         labels = context.data[task].labels
         assert labels is not None
-        targets[task] = pair_targets(context.tasks[task], labels, config) * trained_on(task, context)
+        used = trained_on(task, context)
+        targets[task] = pair_targets(context.tasks[task], labels, config) * used
+        check_both_signs(context.tasks[task], targets[task][used], labels[used], config)
         sources[task] = pair_source("cosine_embedding", task, context, config.pooling, targets[task] != 0)
     return CosineEmbedding(config, sources, targets)

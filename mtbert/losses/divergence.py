@@ -100,7 +100,11 @@ def check_divergence_names(field: str, chosen: Mapping[str, str]) -> None:
 
 
 def has_encoder_dropout(model: MultiTaskModel) -> bool:
-    """Whether two forward passes with independent masks differ by far more than rounding does."""
+    """Whether the encoder itself drops anything: two passes with other masks then differ by far more than rounding.
+
+    The dropout of adapters and heads does not count. What an adapter adds is 0 as training begins, whatever its mask;
+    and a head can read rows that differ by the rounding of the encoder alone.
+    """
     rates = model.encoder.dropouts
     return max(rates.embedding, rates.attention, rates.hidden) > 0
 

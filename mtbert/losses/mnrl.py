@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from mtbert.errors import ConfigError
-from mtbert.losses.contrastive import ranking_losses
+from mtbert.losses.contrastive import LARGEST_SCALE, ranking_losses
 from mtbert.losses.objective import ObjectiveContext, Pass
 from mtbert.losses.pairs import (
     EmbeddingObjective,
@@ -44,10 +44,12 @@ class MnrlConfig:
     """Similarity from which on a pair counts as paraphrases."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"mnrl.{name}: expected a number above 0, found {value}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(f"mnrl.weight: expected a number above 0, found {self.weight}")
+        if not 0 < self.scale <= LARGEST_SCALE:
+            raise ConfigError(
+                f"mnrl.scale: expected a number above 0 and at most {LARGEST_SCALE:g}, found {self.scale}"
+            )
 
 
 def mnrl_losses(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtbert.data.dataset import TaskData
 from mtbert.errors import ConfigError
-from mtbert.losses.contrastive import ranking_losses
+from mtbert.losses.contrastive import LARGEST_SCALE, ranking_losses
 from mtbert.losses.objective import ObjectiveContext, Pass
 from mtbert.losses.pairs import (
     EmbeddingObjective,
@@ -52,10 +52,12 @@ class SimCseConfig:
     """Similarity from which on a pair counts as paraphrases (supervised)."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"simcse.{name}: expected a number above 0, found {value}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(f"simcse.weight: expected a number above 0, found {self.weight}")
+        if not 1 / LARGEST_SCALE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"simcse.temperature: expected a number of at least {1 / LARGEST_SCALE:g}, found {self.temperature}"
+            )
         if self.batch_size is not None and self.batch_size < 2:
             raise ConfigError(
                 "simcse.batch_size: negatives are taken from the batch; expected at least 2, "

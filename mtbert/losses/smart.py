@@ -76,7 +76,9 @@ class SmartConfig:
     """l_s by task: kl (symmetrised), squared or mse. By default kl for classes and squared for similarities."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "step_size", "epsilon", "noise_std"):
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(f"smart.weight: expected a number above 0, found {self.weight}")
+        for name in ("step_size", "epsilon", "noise_std"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"smart.{name}: expected a number of at least 0, found {value}")
@@ -88,6 +90,16 @@ class SmartConfig:
                     f"smart.{name}: found {getattr(self, name)!r}; possible: {', '.join(possible)}"
                 )
         check_divergence_names("smart.divergence", self.divergence)
+
+    @property
+    def without_noise(self) -> str | None:
+        """The field whose 0 keeps the perturbation at 0 where passes differ by it alone; None when there is none.
+
+        Without initial noise the ascent begins where the divergence is smallest, so that its gradient is 0, too.
+        """
+        if self.noise_std == 0:
+            return "noise_std"
+        return "epsilon" if self.projection == "paper" and self.epsilon == 0 else None
 
 
 def normal_noise(dropout_row: Tensor, width: int, *, seed: int, step: int) -> Tensor:
@@ -145,7 +157,8 @@ class SmartObjective(Objective):
     Beside the step's own pass: a pass without gradients of the parameters for each step of ascent (only the noise has
     one, and the clean outputs are constants), then one that trains. Their divergence from the clean outputs sends a
     gradient through both. The clean outputs are those of the step's own pass where masks are fresh and the encoder
-    drops anything; else they take one more pass over the same rows, and no noise gives exactly 0.
+    drops anything; else they take one more pass over the same rows in the same precision, so that where nothing else
+    differs (`masks: same`, or nothing drops), no noise gives exactly 0.
     """
 
     name = "smart"
@@ -160,7 +173,7 @@ class SmartObjective(Objective):
         dtype: torch.dtype,
         independent: bool,
     ) -> None:
-        """width: of the embeddings. dtype: of the run's encoder. independent: whether two passes have other masks."""
+        """width: of the embeddings. dtype: of the run's encoder. independent: whether its masks differ by pass."""
         self.config = config
         self.divergences = dict(divergences)
         self.seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -79,9 +80,15 @@ def class_weight_tensor(task: Task, config: LossConfig, train_labels: np.ndarray
             raise ConfigError(f"{task.name}.loss.class_weights: balanced, but no example has class {missing}")
         return torch.tensor(counts.sum() / (task.classes * counts), dtype=torch.float32)
     weights: Sequence[float] = config.class_weights
-    if len(weights) != task.classes or min(weights) < 0:
+    if len(weights) != task.classes or not all(0 <= weight < math.inf for weight in weights):
         raise ConfigError(
             f"{task.name}.loss.class_weights: expected {task.classes} numbers of at least 0, found {weights}"
+        )
+    present = [int(label) for label in np.unique(train_labels)]
+    if not any(weights[label] for label in present):
+        raise ConfigError(
+            f"{task.name}.loss.class_weights: found {weights}, which is 0 for every class that training examples have"
+            f" ({', '.join(map(str, present))}); possible: above 0 for one of them, or {task.name}.loss.weight 0"
         )
     return torch.tensor(weights, dtype=torch.float32)
 

@@ -134,6 +134,8 @@ class Head(nn.Module):
                 f"{spec.name}.head.hidden_layers: nothing can follow the one number of pair "
                 f"{list(self.features)}; use tower_layers"
             )
+        self.ready = scalar and not config.tower_layers
+        """Whether it answers sensibly before any training: with the cosine or dot product of the pooled rows alone."""
         self.hidden = nn.ModuleList()
         for _ in range(config.hidden_layers):
             self.hidden.append(nn.Linear(joined, inner))
@@ -153,6 +155,14 @@ class Head(nn.Module):
     def rows_per_example(self) -> int:
         """2 when the head joins the two rows of a pair, else 1."""
         return 2 if self.features else 1
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether training computes other outputs under other dropout masks."""
+        hidden = [*self.towers, *self.hidden]
+        layers = hidden if self.output is None else [*hidden, self.output]
+        drops = self.config.dropout > 0 and any(layer.in_features > 1 for layer in layers)
+        return drops or (bool(hidden) and is_random(self.config.activation))
 
     def forward(
         self, rows: Tensor, dropout_row: Tensor | None = None, dropout: DropoutStream | None = None

@@ -69,18 +69,28 @@ class MultiTaskModel(nn.Module):
         self.uncertainty: nn.Module | None = None
         """Learned weights of the task losses, where a run has them: kept here so that a checkpoint holds them."""
         self.poolings: dict[str, Pooling] = {task: head.config.pooling for task, head in heads.items()}
-        """How the rows of each stream are pooled."""
+        """How the rows of each stream that training reads are pooled."""
+        self.probe_poolings: dict[str, Pooling] = {}
+        """The same for streams that evaluations alone read: they decide nothing about what is trained or shared."""
         self.mode: Mode = "full"
         self.set_mode("lora" if encoder.has_lora else "full")
 
     def add_stream(self, name: str, pooling: Pooling) -> None:
-        """Serve rows without a head: stream `name`, which is `{task}/{whose rows they are}`."""
-        if name in self.poolings:
+        """Serve rows without a head to a loss: stream `name`, which is `{task}/{whose rows they are}`."""
+        self._check_stream(name, pooling)
+        self.poolings[name] = pooling
+        self.set_mode(self.mode)  # it may be the first to need the pooler
+
+    def add_probe(self, name: str, pooling: Pooling) -> None:
+        """Serve rows without a head to evaluations alone: what is trained stays as it is."""
+        self._check_stream(name, pooling)
+        self.probe_poolings[name] = pooling
+
+    def _check_stream(self, name: str, pooling: Pooling) -> None:
+        if name in self.poolings or name in self.probe_poolings:
             raise ValueError(f"there is a stream {name!r} already")
         if pooling not in POOLINGS:
             raise ValueError(f"stream {name!r}: unknown pooling {pooling!r}; possible: {', '.join(POOLINGS)}")
-        self.poolings[name] = pooling
-        self.set_mode(self.mode)
 
     def forward(
         self,
@@ -121,8 +131,9 @@ class MultiTaskModel(nn.Module):
             dropout = None
         hidden = self.encoder(batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise)
         pooled: dict[str, Tensor] = {}
+        poolings = self.poolings | self.probe_poolings
         for pooling in POOLINGS:
-            chosen = [segment for segment in batch.segments if self.poolings[segment.stream] == pooling]
+            chosen = [segment for segment in batch.segments if poolings[segment.stream] == pooling]
             if not chosen:
                 continue
             rows = pool(pooling, self.encoder, hidden, batch, chosen, segments)
@@ -192,7 +203,7 @@ class MultiTaskModel(nn.Module):
         return mode == "full" or (mode == "bitfit" and name.endswith("bias"))
 
     def _pooler_tasks(self) -> set[str]:
-        """The tasks that pool through BERT's pooler, by their head or by another stream of theirs."""
+        """The tasks that train through BERT's pooler, by their head or by another stream of theirs."""
         return {name.partition("/")[0] for name, pooling in self.poolings.items() if pooling == "pooler"}
 
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:

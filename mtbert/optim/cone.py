@@ -97,7 +97,8 @@ def nash_weights(gram: Tensor, iterations: int = 40) -> Tensor:
 
     alpha minimises alpha^T G alpha / 2 - sum log alpha, which is convex; damped Newton steps, a fixed number of
     them. The bargained direction has the norm sqrt(K) whatever the gradients' norms; here it gets the norm of their
-    sum, so that learning rate and clipping keep their meaning.
+    sum, so that learning rate and clipping keep their meaning. It replaces the gradient over the shared parameters
+    alone; the authors' code weighs the losses by alpha, and so the gradients of the heads as well.
     """
     wide = _normalised(gram)
     alpha = wide.diagonal().rsqrt()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtbert import kernels
 from mtbert.errors import ConfigError
 from mtbert.model.dropout import check_probability, mixout_site
+from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
 
 _LINEAR = re.compile(
@@ -45,10 +46,8 @@ class Mixout:
     """
 
     def __init__(self, encoder: Iterable[tuple[str, nn.Parameter]], p: float, seed: int) -> None:
-        """encoder: its trained parameters by name, holding the pretrained values now."""
+        """encoder: its trained parameters by name, some of them matrices, holding the pretrained values now."""
         parameters = [parameter for name, parameter in encoder if _LINEAR.fullmatch(name)]
-        if not parameters:
-            raise ConfigError(f"mixout.p: this mode trains no pretrained matrix, found {p}; possible: 0")
         self._mask = kernels.Dropout(p=p, seed=seed, step=0, site=0)
         self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
         self._pretrained = [parameter.detach().clone() for parameter in parameters]
@@ -92,3 +91,18 @@ class Mixout:
         rows = self._rows[: self._pretrained[number].shape[0]]
         mask = kernels.Dropout(self._mask.p, self._mask.seed, self._step, mixout_site(number))
         return kernels.dropout(x, rows.repeat(x.shape[0] // len(rows)), mask)
+
+
+def build_mixout(config: MixoutConfig, model: MultiTaskModel, seed: int) -> Mixout | None:
+    """Mixout of a model that holds the pretrained weights now, or None when it is off.
+
+    Raises ConfigError where the model's mode trains no matrix that could be replaced.
+    """
+    if not config.p:
+        return None
+    trained = [(name, p) for name, p in model.encoder.named_parameters() if p.requires_grad]
+    if not any(_LINEAR.fullmatch(name) for name, _ in trained):
+        raise ConfigError(
+            f"mixout.p: found {config.p}, but mode {model.mode} trains no pretrained matrix; possible: 0, or mode full"
+        )
+    return Mixout(trained, config.p, seed)

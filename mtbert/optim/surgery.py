@@ -6,7 +6,6 @@ gradient is sum_k c_k g_k. All of it is tensor arithmetic of a fixed shape, so t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -163,6 +162,9 @@ def gradvac(gram: Tensor, targets: Tensor, orders: np.ndarray, decay: float) -> 
     Where the cosine phi of g_i (as altered so far) and the original g_j is below its running target t, g_i gains
     ||g_i|| (t sqrt(1 - phi^2) - phi sqrt(1 - t^2)) / (||g_j|| sqrt(1 - t^2)) g_j, which makes the cosine t. Then
     t <- (1 - decay) t + decay phi. targets: [K, K], zero at first (so that the first steps are PCGrad's).
+
+    Gradients, cosines and targets are those of all shared parameters as one vector. The paper also takes parts of the
+    model (its encoder, its layers, its matrices) one by one, each with targets of its own.
     """
     mixed = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     rows = torch.arange(len(gram), device=gram.device)
@@ -208,9 +210,8 @@ class UncertaintyWeights(torch.nn.Module):
         s = self.log_variance[self.tasks.index(task)]
         return self.halves[task] * torch.exp(-s) * loss + share * 0.5 * s
 
-    def weights(self) -> dict[str, float]:
-        """The current factor of each task's loss."""
-        return {
-            task: self.halves[task] * math.exp(-s)
-            for task, s in zip(self.tasks, self.log_variance.tolist(), strict=True)
-        }
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The current factor of each task's loss, 0-d, on the device: later updates do not change it."""
+        factors = torch.exp(-self.log_variance).unbind()
+        return {task: self.halves[task] * f for task, f in zip(self.tasks, factors, strict=True)}

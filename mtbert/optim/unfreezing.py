@@ -45,7 +45,7 @@ class Unfreezing:
     """
 
     def __init__(self, model: MultiTaskModel, config: UnfreezingConfig, epochs: float) -> None:
-        """`epochs` is the length of the training. Raises ConfigError where nothing would ever be unfrozen."""
+        """`epochs` is the length of the training. Raises ConfigError where a part would never be unfrozen."""
         if config.heads_first >= epochs:
             raise ConfigError(
                 f"unfreezing.heads_first: after {config.heads_first:g} epochs the encoder would begin to train, but"
@@ -61,6 +61,13 @@ class Unfreezing:
         if config.heads_first and all(name.startswith("encoder.") for name, _ in trained):
             raise ConfigError("unfreezing.heads_first: the heads have no parameters to train; possible: 0")
         top = len(model.encoder.layers)
+        last = config.heads_first + top * config.epochs_per_layer
+        if config.gradual and last >= epochs:
+            raise ConfigError(
+                f"unfreezing.epochs_per_layer: with {config.epochs_per_layer:g} the embeddings, below {top} layers,"
+                f" would begin to train after {last:g} epochs, but training has {epochs:g}; possible: below"
+                f" {(epochs - config.heads_first) / top:.4g}, or epochs above {last:g}"
+            )
         self._start: list[tuple[nn.Parameter, float]] = []
         for name, parameter in trained:
             if not name.startswith("encoder."):

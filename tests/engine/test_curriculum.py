@@ -160,6 +160,7 @@ def test_no_tasks_are_refused() -> None:
         ({"order": ["sst", "para", "sts", "sst"]}, r"^curriculum\.order: expected every task .* once"),
         ({"start": {"mnli": 1}}, r"^curriculum\.start: 'mnli' .* possible: sst, para, sts"),
         ({"start": {"sst": 4}}, r"^curriculum\.start: sst .* 4 epochs .* possible: 0 to 3"),
+        ({"start": {"sst": 1}, "epochs": 1}, r"^curriculum\.start: sst .* training has 1; possible: 0$"),
         ({"start": {"sst": 1, "para": 2, "sts": 1}}, r"^curriculum\.start: no task .* sst, para, sts"),
         ({"start": {"sst": -1}}, r"^curriculum\.start: expected at least 0 epochs, found -1 for sst"),
     ],

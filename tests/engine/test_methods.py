@@ -103,7 +103,14 @@ def test_learned_task_weights_move_and_the_run_can_be_read_again(tiny_bert: Path
     from mtbert.engine.load_run import load_run
     from mtbert.engine.run_folder import RunFolder
 
-    train(tiny_bert, tmp_path, "--surgery.method=uncertainty", "--optim.uncertainty_lr=0.1")
+    lines = train(tiny_bert, tmp_path, "--surgery.method=uncertainty", "--optim.uncertainty_lr=0.1")
+    weights = [line["weights"] for line in lines if line["kind"] == "step"]
+    assert [set(found) for found in weights] == [{"sst", "para", "sts"}] * 2
+    assert weights[0]["sst"] == pytest.approx(1, abs=0.1)  # of the first two steps
+    assert weights[0]["sts"] == pytest.approx(0.5, abs=0.05)
+    assert all(abs(weights[1][task] - weights[0][task]) > 1e-3 for task in weights[0])
+    assert "# Learned weights" in (tmp_path / "run" / "report.md").read_text()
+    assert (tmp_path / "run" / "plots" / "weights.png").stat().st_size > 1000
     run = RunFolder.open(tmp_path / "run")
     model = load_run(run, config_from_file(run.config_path)).model
     assert model.uncertainty.log_variance.abs().max() > 0.01

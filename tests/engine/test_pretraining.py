@@ -108,7 +108,7 @@ def test_the_stages_of_a_configuration(config: TrainConfig, tmp_path: Path) -> N
     config = dataclasses.replace(config, mode="lora", seed=5, tasks=["sst", "sts"])
     config.simcse = dataclasses.replace(config.simcse, tasks=["sts"])
     config.optim = dataclasses.replace(config.optim, lr=3e-4, lora_plus_ratio=4.0)
-    config.evaluation = dataclasses.replace(config.evaluation, patience=1)
+    config.evaluation = dataclasses.replace(config.evaluation, patience=1, every="phase")
     config.model.attention_heads = 4
     config.model.pals = dataclasses.replace(config.model.pals, size=12)
     config.task["para"].loss.weight = 0.0
@@ -129,9 +129,18 @@ def test_the_stages_of_a_configuration(config: TrainConfig, tmp_path: Path) -> N
         assert stage.seed == 5
         assert stage.optim.lr == 3e-4
         assert stage.evaluation.patience == 0
+        assert stage.evaluation.every == "epoch"  # a stage has no phases
         assert stage.model.attention_heads == 4
         assert stage.model.pals.size == 0
         assert stage.simcse.tasks == []
+
+
+def test_what_is_wrong_with_a_stage_alone_names_it(config: TrainConfig, tmp_path: Path) -> None:
+    config.schedule = dataclasses.replace(config.schedule, warmup=1000)
+    config.pretraining = dataclasses.replace(BOTH, mlm_epochs=0)
+    message = r"^in the stage para before the run: schedule\.warmup: found 1000 steps, but the run has"
+    with pytest.raises(ConfigError, match=message):
+        check_stages(config, tmp_path, assemble)
 
 
 # ---- both stages ----

@@ -17,6 +17,7 @@ from mtbert.evaluation.plots.method_plots import (
     forgetting_plot,
     gradient_curves,
     objective_curves,
+    weight_curves,
 )
 from mtbert.evaluation.report import write_report
 from mtbert.evaluation.run import read_run
@@ -73,6 +74,7 @@ def rich_history() -> History:
             10 * place,
             objective={"sts/simcse": 2.0 / place, "sst/a_b": 0.1},
             gradients=gradients(0.1 * (-1) ** place, place / 20, 10),
+            weights={"sst": 1.0 / place, "sts": 0.5 * place},
         )
         for place in range(1, 21)
     ]
@@ -106,7 +108,9 @@ def test_history_reads_what_is_there(tmp_path: Path) -> None:
     assert history.embedding("alignment") == ([], [])
     assert [line["step"] for line in history.phases()] == [40]
     empty = History([step_line(10)], [evaluation(10, None, 0.1, 0.1, 0.1)])
-    assert empty.objectives() == empty.gradient_names("norm") == empty.phases() == []
+    assert (
+        empty.objectives() == empty.gradient_names("norm") == empty.weighted_tasks() == empty.phases() == []
+    )
 
 
 def test_phases_and_their_changes() -> None:
@@ -149,6 +153,13 @@ def test_figures_can_be_read_and_show_the_numbers() -> None:
     assert len(both) == 6
     assert both["sst/para"].get_color() == both["para/sst"].get_color() == curves["sst/para"].get_color()
     assert both["sst/para"].get_linestyle() != both["para/sst"].get_linestyle()
+
+    figure = weight_curves(history, SOURCE)
+    check(figure)
+    weights = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert weights == {task: history.weights(task)[1] for task in ("sst", "sts")}
+    close = History([step_line(step, weights={"sst": 1 + step / 1e4, "sts": 0.5}) for step in range(1, 99)])
+    check(weight_curves(close, SOURCE))  # within a decade
 
     figure = embedding_curves(history, SOURCE)
     check(figure)
@@ -199,15 +210,22 @@ def test_the_report_has_the_sections_and_their_figures(make_run) -> None:
     page = write_report(folder, TASKS).read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
     place = titles.index("Objectives")
-    assert titles[place : place + 4] == ["Objectives", "Gradients", "Alignment and uniformity", "Forgetting"]
+    assert titles[place : place + 5] == [
+        "Objectives",
+        "Gradients",
+        "Learned weights",
+        "Alignment and uniformity",
+        "Forgetting",
+    ]
     assert "| sts/simcse | 2.0000 | 0.1000 | 0.1000 |" in page
     assert "| sst/a\\_b | 0.1000 | 0.1000 | 0.1000 |" in page
     assert "| sst/para | 0.000 | 52.5% | 52.5% | 26.2% |" in page
     assert "| sst | 2.000 |" in page
+    assert "| sts | 0.500 | 10.000 | 0.500 | 10.000 |" in page
     assert "| 2 (best) | 200 | 0.500 | -2.000 |" in page
     assert "| 1.4 | sts | 0.440 (-0.060) | 0.790 (-0.030) | 0.880 (own) |" in page
     assert "At the end the tasks are -0.050 from there on average" in page
-    for name in ("objectives", "gradients", "embedding", "forgetting"):
+    for name in ("objectives", "gradients", "weights", "embedding", "forgetting"):
         assert f"![{name}](plots/{name}.png)" in page
         assert (folder / "plots" / f"{name}.png").is_file()
 
@@ -220,6 +238,8 @@ def test_a_plain_run_has_none_of_them(make_run, monkeypatch: pytest.MonkeyPatch)
     )
     page = write_report(folder, TASKS).read_text(encoding="utf-8")
     titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
-    assert not {"Objectives", "Gradients", "Alignment and uniformity", "Forgetting"} & set(titles)
+    assert not {"Objectives", "Gradients", "Learned weights", "Alignment and uniformity", "Forgetting"} & set(
+        titles
+    )
     assert len(drawn) == 8
     assert read_run(folder).history.phases() == []

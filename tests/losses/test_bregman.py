@@ -211,7 +211,8 @@ def test_without_dropout_a_bf16_run_compares_in_float32(tiny_bert: Path, tmp_pat
         ({"momentum": 1.0}, "bregman.momentum: expected at least 0 and below 1, found 1.0"),
         ({"momentum": -0.1}, "bregman.momentum: expected at least 0 and below 1"),
         ({"momentum": float("nan")}, "bregman.momentum: expected at least 0 and below 1"),
-        ({"weight": -1.0}, "bregman.weight: expected a number of at least 0, found -1.0"),
+        ({"weight": -1.0}, "bregman.weight: expected a number above 0, found -1.0"),
+        ({"weight": 0.0}, "bregman.weight: expected a number above 0, found 0.0"),
     ],
 )
 def test_impossible_settings(changes: dict, message: str) -> None:

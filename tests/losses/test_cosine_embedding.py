@@ -124,6 +124,42 @@ def test_impossible_settings(changes: dict, settings: dict, message: str) -> Non
         build_cosine_embedding(CosineEmbeddingConfig(**{"tasks": ["sts"], **changes}), run)
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "changes", "message"),
+    [
+        (
+            "sts",
+            [1.0, 2.0, 5.0],
+            {"threshold": 0.0},
+            r"threshold: with 0 all 3 .* alike; possible: above 1, up to 5",
+        ),
+        (
+            "sts",
+            [1.0, 2.0],
+            {"threshold": 3.0},
+            r"threshold: with 3 all 2 .* unlike; possible: above 1, up to 2",
+        ),
+        (
+            "sts",
+            [0.0, 0.0, 4.0],
+            {"labels": "extremes"},
+            r"labels: with extremes all 2 .* unlike; possible: thr",
+        ),
+        (
+            "sts",
+            [3.0, 3.0],
+            {},
+            r"tasks: all 2 training pairs of sts that count are alike; possible: tasks whose",
+        ),
+        ("para", [1, 1], {}, r"tasks: all 2 training pairs of para that count are alike"),
+    ],
+)
+def test_pairs_of_one_kind_are_refused(task: str, labels: list, changes: dict, message: str) -> None:
+    run = context({task: tokenised(task, TEXTS[: len(labels)], labels)})
+    with pytest.raises(ConfigError, match=rf"^cosine_embedding\.{message}"):
+        build_cosine_embedding(CosineEmbeddingConfig([task], **changes), run)
+
+
 def test_no_extremes() -> None:
     run = context({"sts": tokenised("sts", TEXTS[:2], [1.0, 4.0])})
     config = CosineEmbeddingConfig(["sts"], labels="extremes")

@@ -145,7 +145,8 @@ STS = tokenised("sts", [(A, B), (C, D), (E, G)], [1.0, 4.5, 2.0])
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"scale": 0.0}, {}, "mnrl.scale: expected a number above 0, found 0"),
+        ({"scale": 0.0}, {}, "mnrl.scale: expected a number above 0 and at most 1000, found 0"),
+        ({"scale": 1e30}, {}, r"mnrl\.scale: .* at most 1000, found 1e\+30"),
         ({"weight": -1.0}, {}, "mnrl.weight: expected a number above 0, found -1"),
         ({"tasks": ["sst"]}, {}, r"mnrl\.tasks: 'sst' is not possible .*; possible: para, sts"),
         ({"tasks": ["cola"]}, {}, r"mnrl\.tasks: 'cola' is not possible .*; possible: para, sts"),

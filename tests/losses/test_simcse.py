@@ -240,7 +240,8 @@ def test_hard_negatives_are_drawn_with_the_seed() -> None:
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"temperature": -1.0}, {}, r"simcse\.temperature: expected a number above 0, found -1"),
+        ({"temperature": -1.0}, {}, r"simcse\.temperature: expected a number of at least 0\.001, found -1"),
+        ({"temperature": 1e-40}, {}, r"simcse\.temperature: expected .* at least 0\.001, found 1e-40"),
         ({"weight": math.inf}, {}, r"simcse\.weight: expected a number above 0, found inf"),
         ({"batch_size": 1}, {}, r"simcse\.batch_size: .* expected at least 2, found 1"),
         ({}, {"batch_size": 1}, r"sst\.batch_size: simcse .* expected at least 2, found 1"),

@@ -175,8 +175,30 @@ def test_a_stream_through_the_pooler_trains_it(tiny_bert: Path):
     assert "encoder.pooler.weight" not in trained(frozen)
 
 
+def test_a_probe_is_pooled_and_changes_nothing_of_what_is_trained(tiny_bert: Path):
+    model, batch = make(tiny_bert), batch_of(STREAMS)
+    model.add_stream("sst/simcse", "pooler")
+    before = trained(model), model.shared_parameters(), dict(model.poolings)
+    model.encoder.embeddings.word.requires_grad_(False)  # as unfreezing does
+    model.add_probe("para/mnrl", "pooler")
+    assert not model.encoder.embeddings.word.requires_grad
+    model.encoder.embeddings.word.requires_grad_(True)
+    assert before == (trained(model), model.shared_parameters(), dict(model.poolings))
+    assert "encoder.pooler.weight" not in [name for name, _ in model.shared_parameters()]
+    with torch.no_grad():
+        rows = model.features(batch, dtype=F64)
+    assert rows["para/mnrl"].shape == (2, 32)
+    plain = make(tiny_bert)
+    plain.add_probe("sts/quality", "pooler")
+    assert "encoder.pooler.weight" not in trained(plain)
+
+
 def test_impossible_streams(tiny_bert: Path):
     model = make(tiny_bert)
+    model.add_probe("sts/quality", "cls")
+    for add in (model.add_stream, model.add_probe):
+        with pytest.raises(ValueError, match="there is a stream 'sts/quality' already"):
+            add("sts/quality", "cls")
     with pytest.raises(ValueError, match="there is a stream 'sst' already"):
         model.add_stream("sst", "cls")
     with pytest.raises(ValueError, match="unknown pooling 'max'; possible: cls, pooler, mean"):

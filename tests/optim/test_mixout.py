@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mtbert.errors import ConfigError
 from mtbert.kernels.philox import Dropout, dropout_mask
+from mtbert.model import HeadConfig, HeadSpec, MultiTaskModel, build_heads, load_encoder
 from mtbert.model.dropout import EMBEDDING, FORWARD_PASS, Place, head_site, layer_site, mixout_site
-from mtbert.optim.mixout import Mixout, MixoutConfig
+from mtbert.optim.mixout import Mixout, MixoutConfig, build_mixout
 
 SHAPES = {"layers.0.query_key_value.weight": (24, 8), "layers.1.output.weight": (8, 17)}
 F64 = torch.float64
@@ -186,9 +189,18 @@ def test_matrices_have_sites_of_their_own() -> None:
             mixout_site(matrix)
 
 
-def test_a_mode_without_pretrained_matrices_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^mixout\.p: .* found 0\.5; possible: 0"):
-        Mixout([("layers.0.output.bias", nn.Parameter(torch.zeros(3)))], 0.5, 0)
+@pytest.mark.parametrize("mode", ["bitfit", "last-linear-layer"])
+def test_a_mode_without_pretrained_matrices_is_refused(tiny_bert: Path, mode: str) -> None:
+    encoder = load_encoder(tiny_bert)
+    spec = HeadSpec("sst", 5, pair=False)
+    model = MultiTaskModel(encoder, build_heads([spec], {"sst": HeadConfig()}, encoder.config.hidden_size))
+    assert build_mixout(MixoutConfig(), model, 0) is None
+    assert build_mixout(MixoutConfig(0.5), model, 0) is not None
+    model.set_mode(mode)
+    with pytest.raises(
+        ConfigError, match=rf"^mixout\.p: found 0\.5, but mode {mode} .* possible: 0, or mode full"
+    ):
+        build_mixout(MixoutConfig(0.5), model, 0)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])

@@ -223,6 +223,11 @@ def test_uncertainty_weights_have_their_closed_form_optimum() -> None:
     torch.testing.assert_close(
         weights.log_variance.exp(), torch.tensor([1.4, 0.02]).double(), rtol=1e-3, atol=0
     )
+    factors = weights.weights()
+    assert {task: float(f) for task, f in factors.items()} == pytest.approx(
+        {"sst": 1 / 1.4, "sts": 25}, rel=1e-3
+    )
+    assert not any(f.requires_grad for f in factors.values())
     parts = weights("sst", 0.25 * losses["sst"], 0.25) + weights("sst", 0.75 * losses["sst"], 0.75)
     torch.testing.assert_close(parts, weights("sst", losses["sst"], 1.0))
 

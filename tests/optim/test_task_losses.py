@@ -51,6 +51,9 @@ def test_balanced_class_weights_average_to_one_over_the_examples() -> None:
         ("para", [1.0], "expected 2 numbers"),
         ("sts", "balanced", "has no classes"),
         ("sst", "balanced", r"no example has class \[1, 2, 3, 4\]"),
+        ("para", [1.0, float("nan")], "expected 2 numbers"),
+        ("para", [0.0, 0.0], r"found \[0.0, 0.0\], which is 0 for every class .* \(0\); possible: above 0"),
+        ("sst", [0.0, 1.0, 1.0, 1.0, 1.0], r"0 for every class that training examples have \(0\)"),
     ],
 )
 def test_unfit_class_weights_are_refused(task: str, weights: object, message: str) -> None:

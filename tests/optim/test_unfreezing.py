@@ -135,6 +135,14 @@ def test_impossible_values_name_their_field(field: str, value: float) -> None:
     assert not UnfreezingConfig().active
 
 
+def test_parts_that_would_never_train_are_refused(tiny_bert: Path) -> None:
+    config = UnfreezingConfig(gradual=True, epochs_per_layer=1.5, heads_first=1)
+    message = r"unfreezing\.epochs_per_layer: with 1\.5 .* after 4 epochs, but training has 4; possible: below 1\.5, or"
+    with pytest.raises(ConfigError, match=message):
+        Unfreezing(make(tiny_bert), config, 4)
+    Unfreezing(make(tiny_bert), config, 4.1)
+
+
 def test_an_encoder_that_would_never_train_is_refused(tiny_bert: Path) -> None:
     with pytest.raises(ConfigError, match=r"unfreezing\.heads_first: after 3 epochs .* training has 3"):
         Unfreezing(make(tiny_bert, "full"), UnfreezingConfig(heads_first=3), 3)

@@ -1,4 +1,5 @@
-"""Figures of the methods beside plain training: objectives, the tasks' gradients, embeddings, forgetting."""
+"""Figures of the methods beside plain training: objectives, the tasks' gradients and weights, embeddings,
+forgetting."""
 
 from __future__ import annotations
 
@@ -82,6 +83,18 @@ def _trends(panel: Axes, history: History, kind: str, names: Sequence[str]) -> N
             kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
             steps, values = [step for step, _ in kept], [value for _, value in kept]
         trend(panel, steps, values, color=color, label=name, style=style)
+
+
+def weight_curves(history: History, source: Source) -> Figure:
+    """The learned weight of every task's loss over the steps, on a logarithmic scale."""
+    figure, (panel,) = panels(1, source, height=4.2)
+    tidy(panel, "Learned weights of the tasks' losses", "step", "weight (log scale)")
+    for place, task in enumerate(history.weighted_tasks()):
+        trend(panel, *history.weights(task), color=SEQUENCE[place % len(SEQUENCE)], label=task)
+    finish(panel, "not recorded", outside=True)
+    if panel.lines:
+        panel.set_yscale("log")
+    return figure
 
 
 def embedding_curves(history: History, source: Source) -> Figure:

@@ -16,6 +16,7 @@ from mtbert.evaluation.plots.method_plots import (
     forgetting_plot,
     gradient_curves,
     objective_curves,
+    weight_curves,
 )
 from mtbert.evaluation.plots.profile_plot import profile_plot
 from mtbert.evaluation.plots.similarity import similarity_plot
@@ -34,8 +35,8 @@ def write_plots(
 ) -> dict[str, Path]:
     """Write plots/*.png into the run's folder and return their paths by name; what has no data is left out.
 
-    `tasks` are the run's own. Names: `losses`, `metrics`, `objectives`, `gradients`, `embedding`, `forgetting`,
-    `optimiser`, `speed`, `profile`, `labels`, `confusion-TASK` and `similarity-TASK`.
+    `tasks` are the run's own. Names: `losses`, `metrics`, `objectives`, `gradients`, `weights`, `embedding`,
+    `forgetting`, `optimiser`, `speed`, `profile`, `labels`, `confusion-TASK` and `similarity-TASK`.
     """
     source = Source(run.name, run.git)
     history, drawn = run.history, {}
@@ -48,6 +49,8 @@ def write_plots(
         drawn["objectives"] = objective_curves(history, source)
     if history.gradient_names("cosine") or history.gradient_names("norm"):
         drawn["gradients"] = gradient_curves(history, source)
+    if history.weighted_tasks():
+        drawn["weights"] = weight_curves(history, source)
     if history.embedding("uniformity")[0]:
         drawn["embedding"] = embedding_curves(history, source)
     finished = phases(history, tasks)
