@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:  # bench is not installed
 from bench import records  # noqa: E402
 from bench.comparison import to_text  # noqa: E402
 from bench.harness import CLOCKS, RECORDED_REPEATS, Bench  # noqa: E402
+from bench.kernel_session import Kernels, make_kernels  # noqa: E402
 from bench.workload import build_workload  # noqa: E402
 from mtbert.engine.precision import resolve_device  # noqa: E402
 from mtbert.errors import ModelFileError  # noqa: E402
@@ -57,6 +58,12 @@ def bench(pytestconfig: pytest.Config) -> Bench:
         torch.set_num_threads(1)
     pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, clock, option("--results"))
     return pytestconfig.stash[_BENCH]
+
+
+@pytest.fixture(scope="session")
+def kernels(pytestconfig: pytest.Config) -> Kernels:
+    """The device and the number of repeats of this session's comparisons of kernels."""
+    return make_kernels(pytestconfig)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,11 +1,13 @@
-"""All that is to be known on a machine with a GPU, in under ten minutes, into one folder.
+"""All that is to be known on a machine with a GPU, into one folder: twice under ten minutes.
 
-    python -m bench.gpu --output FOLDER
+    python -m bench.gpu --output FOLDER                the Triton kernels, and whatever dispatch chooses
+    python -m bench.gpu --output FOLDER --set lora     the CUDA extension's LoRA products
 
 Builds and installs nothing. In turn, each with a limit of time: the doctor; the tests of the kernels, which run on the
-GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for them; the compile report. Every
-part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
-no GPU; 1: a part failed or ran out of time.
+GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for them; the compile report. For
+LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the comparisons of bench/test_lora.py;
+compute-sanitizer's memcheck and racecheck over a few small calls. Every part leaves NAME.txt; the comparisons leave
+DEVICE.json too, to be committed under bench/results. Exit code 2: there is no GPU; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -38,11 +40,25 @@ class Part:
     seconds: int
 
 
-def parts(output: Path, cores: int) -> list[Part]:
-    """The parts, the most useful first: those behind may be cut short."""
+SETS = ("kernels", "lora")
+
+
+def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
+    """The parts of a set, the most useful first: those behind may be cut short."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     spread = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") else []
-    record = ["--results", str(output), f"--benchmark-json={output / 'rounds.json'}"]
+    record = ["--results", str(output), f"--benchmark-json={output / f'rounds-{chosen}.json'}"]
+    if chosen == "lora":
+        tests = ["tests/kernels/test_lora_cuda.py", "tests/installation/test_cuda_lora.py"]
+        check = [sys.executable, "-m", "bench.lora_check"]
+        sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+        return [
+            Part("lora-tests", [*pytest, *tests, "--durations=5", *spread], 100),
+            Part("lora-check", check, 120),
+            Part("lora", [*pytest, "bench/test_lora.py", "--device", "cuda", *record], 190),
+            Part("lora-memcheck", [*sanitizer, "memcheck", *check, "--quick"], 80),
+            Part("lora-racecheck", [*sanitizer, "racecheck", *check, "--quick"], 80),
+        ]
     report = ["--quick", "--processes", str(max(1, cores // 2)), "--markdown", str(output / "compiled.md")]
     return [
         Part("doctor", [sys.executable, "-m", "mtbert.doctor"], 60),
@@ -57,9 +73,12 @@ def run(part: Part, output: Path, seconds: float) -> str:
     path = output / f"{part.name}.txt"
     with path.open("w", encoding="utf-8") as file:
         # A group of its own, so that a limit ends the processes that it started too.
-        process = subprocess.Popen(
-            part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
+        except OSError as error:
+            return f"{part.command[0]} cannot be run: {error.strerror}"
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -73,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of what is found")
-    parser.add_argument("--only", nargs="+", help="only these parts: doctor, tests, kernels, report")
+    parser.add_argument("--set", choices=SETS, default=SETS[0], help="what is run")
+    parser.add_argument(
+        "--only", nargs="+", help="only these parts of it: doctor, tests, kernels, report, ..."
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU here that PyTorch can use: nothing was run", file=sys.stderr)
@@ -82,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output.resolve()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     begin, results = time.monotonic(), {}
-    for part in parts(output, os.cpu_count() or 1):
+    for part in parts(output, os.cpu_count() or 1, options.set):
         if options.only and part.name not in options.only:
             continue
         left = SECONDS - (time.monotonic() - begin)

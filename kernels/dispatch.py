@@ -123,6 +123,11 @@ def _products(operation: str) -> Row:
     return Row(operation, "torch", ("cpu", "triton", "cuda"), (), reason)
 
 
+def _products_beside_cuda(operation: str) -> Row:
+    reason = "PyTorch's matrix products"
+    return Row(operation, "torch", ("cpu", "triton"), (), reason)
+
+
 def _products_cpu(operation: str) -> Row:
     conditions = (_device("cpu"), _dtype(torch.float32, torch.bfloat16), _built("cpu", "column_sums"))
     return Row(
@@ -153,6 +158,46 @@ _TRITON_WIDTH = Condition(
 _FEW_TYPES = Condition(
     lambda facts: facts.get("types", 2) <= 8, "the token_type table must have at most 8 rows"
 )
+
+# An emulation of the extension serves tensors in host memory, but only whoever asks for CUDA by name.
+_CUDA_DEVICE = Condition(
+    lambda facts: (
+        facts["device"] == "cuda"
+        or (facts["device"] == "cpu" and backend() == "cuda" and extension.cuda_is_emulated())
+    ),
+    "the tensors must be on a cuda device",
+)
+
+
+def _has_code(facts: Facts) -> bool:
+    gpu = facts.get("capability") or extension.capability(torch.device(facts["device"]))
+    return gpu is None or (gpu >= (8, 0) and extension.has_code_for(gpu))
+
+
+_CUDA_CODE = Condition(
+    _has_code, "the GPU must have compute capability 8.0 or higher, and the extension must be built for it"
+)
+_TF32 = Condition(
+    lambda facts: facts["dtype"] != torch.float32 or extension.tf32_is_allowed(),
+    "float32 is multiplied as TF32, which torch.backends.cuda.matmul.fp32_precision = 'tf32' must allow",
+)
+_LORA_RANK = Condition(lambda facts: 1 <= facts.get("rank", 8) <= 64, "the rank must be 1 to 64")
+_LORA_SIZES = Condition(
+    lambda facts: all(
+        size > 0 and size % 8 == 0 for size in (facts.get("inputs", 768), facts.get("outputs", 768))
+    ),
+    "the weight's rows and columns must be multiples of 8",
+)
+_FROZEN = Condition(lambda facts: facts.get("frozen", True), "weight and bias must be frozen")
+
+
+# It stands behind PyTorch's products in the table: `auto` takes it when a GPU has shown that it is right and faster.
+def _lora_cuda(operation: str) -> Row:
+    floats = _dtype(torch.float32, torch.bfloat16, torch.float16)
+    built = _built("cuda", "lora_forward")
+    conditions = (_CUDA_DEVICE, floats, built, _CUDA_CODE, _TF32, _LORA_RANK, _LORA_SIZES, _FROZEN)
+    return Row(operation, "cuda", ("cuda",), conditions, "CUDA C++, the adapter within the product")
+
 
 TABLE: tuple[Row, ...] = (
     _cpu("dropout", "dropout"),
@@ -186,10 +231,12 @@ TABLE: tuple[Row, ...] = (
     _products("head_linear"),
     _reference("head_linear"),
     _products_cpu("lora_linear"),
-    _products("lora_linear"),
+    _products_beside_cuda("lora_linear"),
+    _lora_cuda("lora_linear"),
     _reference("lora_linear"),
     _products_cpu("lora_qkv"),
-    _products("lora_qkv"),
+    _products_beside_cuda("lora_qkv"),
+    _lora_cuda("lora_qkv"),
     _reference("lora_qkv"),
 )
 OPERATIONS = tuple(dict.fromkeys(row.operation for row in TABLE))
@@ -236,7 +283,7 @@ def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> 
     """The implementation that serves a call, and why it does.
 
     device: a device type such as `cpu`; shape: what the table asks about (head_dim, max_seqlen,
-    table_dtype, width, types).
+    table_dtype, width, types, rank, inputs, outputs, frozen, and capability, that of the GPU).
     Raises ConfigError where the backend was chosen by name and cannot serve the call.
     """
     if operation not in OPERATIONS:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from mtbert import installation
 
 from .philox import Dropout
 
@@ -27,9 +32,68 @@ DTYPE_NAMES = {
 """What the extension calls the dtypes."""
 
 
+_cuda_stand_in: Any | None = None
+
+
 def part(name: str) -> Any | None:
     """The submodule `cpu` or `cuda` of the extension, or None where it was not built."""
+    if name == "cuda" and _cuda_stand_in is not None:
+        return _cuda_stand_in
     return getattr(_module, name, None)
+
+
+@contextmanager
+def cuda_stand_in(functions: Any) -> Iterator[None]:
+    """Within a `with` block, let `functions` stand in for the submodule `cuda`, on tensors in host memory.
+
+    For an emulation of a GPU; it serves with kernels=cuda, as Triton's interpreter does with kernels=triton.
+    """
+    global _cuda_stand_in
+    before, _cuda_stand_in = _cuda_stand_in, functions
+    try:
+        yield
+    finally:
+        _cuda_stand_in = before
+
+
+def architectures() -> list[str]:
+    """What the submodule `cuda` was built for: sm_80, sm_90a, compute_90; empty where it was not built."""
+    return [] if _module is None else list(_architectures(_module))
+
+
+@functools.cache
+def _architectures(module: ModuleType) -> tuple[str, ...]:
+    built = module.build_info()["cuda"]
+    return () if built is None else tuple(built["architectures"])
+
+
+def cuda_is_emulated() -> bool:
+    """Whether something stands in for the submodule `cuda`."""
+    return _cuda_stand_in is not None
+
+
+# What follows does not change while a program runs, and torch.compile need not look into it.
+
+
+@torch.compiler.assume_constant_result
+def tf32_is_allowed() -> bool:
+    """Whether PyTorch's matrix products on a GPU may round float32 to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU; None for another device, and where PyTorch sees no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+@torch.compiler.assume_constant_result
+def has_code_for(gpu: tuple[int, int]) -> bool:
+    """Whether the extension was built for GPUs of a compute capability."""
+    return any(installation.runs_on(target, *gpu) for target in architectures())
 
 
 def cpu() -> Any:

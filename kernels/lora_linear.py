@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from mtbert.ranges import operation
 
-from . import dispatch, reference
+from . import dispatch, extension, reference
 from .checks import check_dropout, check_parameter, fail
 from .dropout import apply_mask
-from .grouped import deliver, split
+from .grouped import Split, deliver, split
 from .linear import check_product, products, row_sums
+from .lora_cuda import lora as fused
 from .philox import Dropout
 from .segments import Segments
 
@@ -45,8 +46,8 @@ def lora_linear(
     _check_adapter("lora_linear", "lora", (lora_a, lora_b), weight.shape[0], x)
     active = check_dropout("lora_linear", dropout_row, dropout, x)
     named = {"weight": weight, "bias": bias, "lora a": lora_a, "lora b": lora_b}
-    groups, parameters, companions = split("lora_linear", segments, x.shape[0], named)
-    implementation, _ = dispatch.select("lora_linear", device=x.device.type, dtype=x.dtype)
+    parts = split("lora_linear", segments, x.shape[0], named)
+    implementation = _select("lora_linear", x, parts)
     if implementation == "reference":
         return reference.lora_linear(
             x,
@@ -59,7 +60,7 @@ def lora_linear(
             dropout=active,
             segments=segments,
         )
-    return _Lora.apply(x, scale, dropout_row, active, 1, groups, *parameters, *companions)
+    return _adapted(implementation, x, scale, dropout_row, active, segments, parts)
 
 
 @operation("lora_qkv")
@@ -91,8 +92,8 @@ def lora_qkv(
         a, b = (None, None) if adapter is None else adapter
         named |= {f"adapters[{index}] a": a, f"adapters[{index}] b": b}
     active = check_dropout("lora_qkv", dropout_row, dropout, x)
-    groups, parameters, companions = split("lora_qkv", segments, x.shape[0], named)
-    implementation, _ = dispatch.select("lora_qkv", device=x.device.type, dtype=x.dtype)
+    parts = split("lora_qkv", segments, x.shape[0], named)
+    implementation = _select("lora_qkv", x, parts)
     if implementation == "reference":
         return reference.lora_qkv(
             x,
@@ -104,7 +105,45 @@ def lora_qkv(
             dropout=active,
             segments=segments,
         )
-    return _Lora.apply(x, scale, dropout_row, active, 3, groups, *parameters, *companions)
+    return _adapted(implementation, x, scale, dropout_row, active, segments, parts)
+
+
+def _select(operation: str, x: Tensor, parts: Split) -> str:
+    """The implementation for a call, whose parameters are weight, bias, and A and B of each block."""
+    weight = parts.parameters[0]
+    assert weight is not None
+    constants = (*parts.parameters[:2], *parts.companions[:2])
+    ranks = [a.shape[0] for a in parts.parameters[2::2] if a is not None]
+    implementation, _ = dispatch.select(
+        operation,
+        device=x.device.type,
+        dtype=x.dtype,
+        capability=extension.capability(x.device),
+        rank=max(ranks, default=0),
+        inputs=weight.shape[1],
+        outputs=weight.shape[0],
+        frozen=not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in constants)),
+    )
+    return implementation
+
+
+def _adapted(
+    implementation: str,
+    x: Tensor,
+    scale: float,
+    dropout_row: Tensor | None,
+    dropout: Dropout | None,
+    segments: Segments | None,
+    parts: Split,
+) -> Tensor:
+    """By the extension where it serves, else by PyTorch's products."""
+    groups, parameters, companions = parts
+    if implementation != "cuda":
+        blocks = len(parameters) // 2 - 1
+        return _Lora.apply(x, scale, dropout_row, dropout, blocks, groups, *parameters, *companions)
+    bounds = segments.bounds_on(x.device) if segments is not None and len(groups) > 1 else None
+    rows = None if dropout is None else dropout_row
+    return fused(x, parameters, companions, scale, rows, dropout, bounds, len(groups))
 
 
 def _check_adapter(

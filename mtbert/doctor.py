@@ -189,24 +189,9 @@ def _cuda_extension(module: Any, info: dict[str, Any], record: dict[str, Any] | 
         yield Finding("note", "CUDA devices", f"none: {driver['error']}")
     for device in driver["devices"]:
         major, minor = device["capability"]
-        if not any(runs_on(target, major, minor) for target in targets):
+        if not any(installation.runs_on(target, major, minor) for target in targets):
             text = f"no code for sm_{major}{minor}: build again with MTBERT_CUDA_ARCHS={major}{minor}"
             yield Finding("warning", device["name"], text)
-
-
-def runs_on(target: str, major: int, minor: int) -> bool:
-    """Whether code built for a target (sm_80, sm_90a, compute_90) runs on a GPU of a compute capability.
-
-    Machine code runs on the same major version from its minor one on (with the suffix a: on exactly that one;
-    with f: as without); PTX on everything from its version on.
-    """
-    kind, _, name = target.partition("_")
-    digits = int(name.rstrip("af"))
-    if name.endswith("a"):
-        return digits == 10 * major + minor
-    if kind == "compute":
-        return digits <= 10 * major + minor
-    return digits // 10 == major and digits % 10 <= minor
 
 
 def kernels() -> Iterator[Finding]:

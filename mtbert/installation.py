@@ -61,3 +61,18 @@ def missing_extension(package: Path) -> str | None:
         return "it was never built for this Python (pip install -e . builds it)"
     reasons = [problem["why"] for problem in record["problems"] if problem["missing"] == "extension"]
     return reasons[0] if reasons else "it was built, but its file is gone (pip install -e . builds it again)"
+
+
+def runs_on(target: str, major: int, minor: int) -> bool:
+    """Whether code built for a target (sm_80, sm_90a, compute_90) runs on a GPU of a compute capability.
+
+    Machine code runs on the same major version from its minor one on (with the suffix a: on exactly that one;
+    with f: as without); PTX on everything from its version on.
+    """
+    kind, _, name = target.partition("_")
+    digits = int(name.rstrip("af"))
+    if name.endswith("a"):
+        return digits == 10 * major + minor
+    if kind == "compute":
+        return digits <= 10 * major + minor
+    return digits // 10 == major and digits % 10 <= minor

@@ -34,6 +34,8 @@ class Case:
     activations: dict[str, Tensor]
     parameters: dict[str, Tensor]
     call: Call
+    constants: tuple[str, ...] = ()
+    """Parameters that CUDA takes as constants."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,16 @@ def _backend(row: dispatch.Row, facts: dict[str, Any]) -> str:
 def _check(case: Case, row: dispatch.Row, facts: dict[str, Any]) -> Parity:
     device, dtype = facts["device"], facts["dtype"]
     name = str(dtype).removeprefix("torch.")
+    frozen = case.constants if row.implementation == "cuda" else ()
     try:
         with dispatch.use_backend(_backend(row, facts)):
-            found = _run(kernels, case, dtype, torch.float32)
+            found = _run(kernels, case, dtype, torch.float32, frozen)
     except Exception as error:
         # A kernel that raises anything at all is what the caller wants to know of.
         problem = f"{type(error).__name__}: {error}".partition("\n")[0]
         return Parity(case.operation, row.implementation, device, name, float("inf"), problem)
-    plain = _run(reference, case, dtype, torch.float32)
-    exact = _run(reference, case, dtype, torch.float64)
+    plain = _run(reference, case, dtype, torch.float32, frozen)
+    exact = _run(reference, case, dtype, torch.float64, frozen)
     worst, where = 0.0, ""
     for tensor, truth in exact.items():
         allowed = 2 * _distance(plain[tensor], truth) + torch.finfo(dtype).eps * truth.abs().max().item()
@@ -100,14 +103,15 @@ def _distance(found: Tensor, truth: Tensor) -> float:
     return (found - truth).abs().max().item()
 
 
-def _run(module: ModuleType, case: Case, dtype: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
-    """The output and the gradient of every input, in float64; wide float64 computes all in float64."""
+def _run(
+    module: ModuleType, case: Case, dtype: torch.dtype, wide: torch.dtype, frozen: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The output and the gradient of every input that is not frozen, in float64; wide float64 computes all in it."""
     compute = torch.float64 if wide == torch.float64 else dtype
-    leaves = {name: tensor.to(dtype).to(compute) for name, tensor in case.activations.items()}
-    leaves |= {name: tensor.to(wide) for name, tensor in case.parameters.items()}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    output = case.call(module, leaves, compute)
+    inputs = {name: tensor.detach().to(dtype).to(compute) for name, tensor in case.activations.items()}
+    inputs |= {name: tensor.detach().to(wide) for name, tensor in case.parameters.items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items() if name not in frozen}
+    output = case.call(module, inputs, compute)
     cotangent = (
         _random(torch.Generator().manual_seed(1), *output.shape).to(output.device, dtype).to(output.dtype)
     )
@@ -144,6 +148,7 @@ def _cases(device: str) -> list[Case]:
     adapter = {"lora_a": random(_RANK, _WIDTH) / 8, "lora_b": random(_INNER, _RANK)}
     norm = {"weight": random(_WIDTH), "bias": random(_WIDTH)}
     scale = _HEAD_DIM**-0.5
+    frozen = ("weight", "bias")
 
     def embedding(module: ModuleType, t: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         tables = (t["word"], t["position"], t["token_type"])
@@ -213,7 +218,7 @@ def _cases(device: str) -> list[Case]:
             {},
             lambda module, t, _: module.softmax(t["x"], lengths=lengths, **mask),
         ),
-        Case("lora_linear", {"x": x}, {"weight": weight, "bias": bias, **adapter}, lora_linear),
+        Case("lora_linear", {"x": x}, {"weight": weight, "bias": bias, **adapter}, lora_linear, frozen),
         Case(
             "lora_qkv",
             {"x": x},
@@ -224,5 +229,6 @@ def _cases(device: str) -> list[Case]:
                 **{f"{name}_b": random(_WIDTH, _RANK) for name in ("query", "value")},
             },
             lora_qkv,
+            frozen,
         ),
     ]

@@ -2,6 +2,7 @@
 
 #include "cuda/cuda_ops.h"
 #include "cuda/dropout.h"
+#include "cuda/names.h"
 #include "cuda/runtime.h"
 
 namespace py = pybind11;
@@ -9,19 +10,12 @@ namespace py = pybind11;
 namespace mtbert {
 namespace {
 
-cuda::DType parse_dtype(const std::string& name) {
-    if (name == "float32") return cuda::DType::kFloat32;
-    if (name == "float16") return cuda::DType::kFloat16;
-    if (name == "bfloat16") return cuda::DType::kBFloat16;
-    throw std::invalid_argument("dtype is '" + name + "', expected float32, float16 or bfloat16");
-}
-
 void dropout(std::uintptr_t input, std::uintptr_t output, std::uintptr_t dropout_row, std::int64_t rows,
              std::int64_t columns, std::int64_t input_stride, std::int64_t output_stride, const std::string& dtype,
              std::uint64_t seed, std::int64_t step, std::int64_t site, std::int64_t threshold, int device,
              std::uintptr_t stream) {
     const cuda::DropoutArguments arguments{input,         output,         dropout_row,        rows, columns,
-                                           input_stride,  output_stride,  parse_dtype(dtype), seed, step,
+                                           input_stride,  output_stride,  cuda::parse_dtype(dtype), seed, step,
                                            site,          threshold,      device,             stream};
     py::gil_scoped_release release;
     cuda::dropout(arguments);
@@ -64,6 +58,7 @@ void register_cuda(py::module_& m) {
     m.def("driver_info", &driver_info,
           "driver_version and runtime_version (1000 * major + 10 * minor), devices ({name, capability, multiprocessors,\n"
           "memory_bytes}), and error: why there is no device, or ''.");
+    register_lora(m);
 }
 
 }  // namespace mtbert

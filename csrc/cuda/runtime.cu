@@ -50,6 +50,19 @@ void check_pointer(std::uintptr_t pointer, std::size_t alignment, int device, co
     }
 }
 
+int compute_capability(int device, const char* operation) {
+    int major = 0;
+    int minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", operation);
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute", operation);
+    return 10 * major + minor;
+}
+
+void zero(std::uintptr_t pointer, std::size_t bytes, std::uintptr_t stream, const char* operation) {
+    check(cudaMemsetAsync(reinterpret_cast<void*>(pointer), 0, bytes, reinterpret_cast<cudaStream_t>(stream)),
+          "cudaMemsetAsync", operation);
+}
+
 DriverInfo driver_info() {
     DriverInfo info{};
     cudaDriverGetVersion(&info.driver_version);

@@ -38,6 +38,12 @@ class DeviceGuard {
 // Needs the device to be current.
 void check_pointer(std::uintptr_t pointer, std::size_t alignment, int device, const char* name, const char* operation);
 
+// 10 * major + minor of a device's compute capability.
+int compute_capability(int device, const char* operation);
+
+// Enqueues zeros. Needs the stream's device to be current.
+void zero(std::uintptr_t pointer, std::size_t bytes, std::uintptr_t stream, const char* operation);
+
 struct DeviceProperties {
     std::string name;
     int major;

@@ -257,12 +257,13 @@ def test_the_script_for_a_gpu_says_that_there_is_none(
 def test_the_script_for_a_gpu_goes_on_after_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def parts(output: Path, cores: int) -> list[gpu.Part]:
+    def parts(output: Path, cores: int, chosen: str) -> list[gpu.Part]:
         python = [sys.executable, "-c"]
         return [
             gpu.Part("good", [*python, "print('fine')"], 60),
             gpu.Part("bad", [*python, "raise SystemExit(3)"], 60),
             gpu.Part("slow", [*python, "import time; time.sleep(60)"], 1),
+            gpu.Part("absent", ["no-such-tool"], 60),
         ]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -274,13 +275,21 @@ def test_the_script_for_a_gpu_goes_on_after_a_failure(
     assert "fine" in said
     assert "bad: exit code 3" in said
     assert "slow: stopped after 1 s" in said
+    assert "absent: no-such-tool cannot be run: No such file" in said
     assert gpu.main(["--output", str(tmp_path), "--only", "good"]) == 0
 
 
-def test_the_parts_of_the_script_are_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        ("kernels", ["doctor", "tests", "kernels", "report"]),
+        ("lora", ["lora-tests", "lora-check", "lora", "lora-memcheck", "lora-racecheck"]),
+    ],
+)
+def test_the_parts_of_the_script_are_there(chosen: str, names: list[str], tmp_path: Path) -> None:
     root = Path(gpu.__file__).resolve().parents[1]
-    parts = gpu.parts(tmp_path, 4)
-    assert [part.name for part in parts] == ["doctor", "tests", "kernels", "report"]
+    parts = gpu.parts(tmp_path, 4, chosen)
+    assert [part.name for part in parts] == names
     assert sum(part.seconds for part in parts if part.name != "tests") < gpu.SECONDS < 600
     for part in parts:
         for word in part.command[2:]:

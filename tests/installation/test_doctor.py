@@ -13,7 +13,8 @@ import pytest
 
 import mtbert
 from mtbert import doctor, installation, parity
-from mtbert.doctor import Finding, runs_on
+from mtbert.doctor import Finding
+from mtbert.installation import runs_on
 
 PACKAGE = Path(mtbert.__file__).parent
 PARITY = "Parity with the reference"

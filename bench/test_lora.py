@@ -1,0 +1,55 @@
+"""A LoRA linear beside the bare frozen product, PyTorch's operations and PEFT; on a CPU small, to run the harness."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.kernel_session import Kernels
+from bench.lora_comparisons import COMPILED, Plan, compare
+from mtbert.engine.precision import resolve_device
+
+TOKENS = {"cuda": 8192, "cpu": 64}
+SIZES = {
+    "cuda": ((768, 768), (768, 3072), (3072, 768), (1024, 1024), (384, 384)),
+    "cpu": ((64, 96),),
+}
+"""Inputs and outputs."""
+RANKS = {"cuda": (8, 32, 64), "cpu": (4,)}
+"""Beside rank 16."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The sizes and ranks of the device."""
+    device = resolve_device(metafunc.config.getoption("--device")).type
+    for name, values in (("size", SIZES[device]), ("rank", RANKS[device])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=str)
+
+
+def run(kernels: Kernels, benchmark: Any, size: tuple[int, int], rank: int, p: float, backward: bool) -> None:
+    device = kernels.device
+    plan = Plan(TOKENS[device.type], *size, rank, p, device, kernels.dtype, backward)
+    # It takes longest to build, and is compared at one rank.
+    without = () if rank == 16 and device.type == "cuda" else (COMPILED,)
+    kernels.run(
+        plan.name, lambda measure: compare(plan, kernels.stopwatch, measure, without=without), benchmark
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_forward(kernels: Kernels, benchmark: Any, size: tuple[int, int], p: float) -> None:
+    run(kernels, benchmark, size, 16, p, backward=False)
+
+
+def test_both(kernels: Kernels, benchmark: Any, size: tuple[int, int]) -> None:
+    run(kernels, benchmark, size, 16, 0.1, backward=True)
+
+
+def test_other_ranks(kernels: Kernels, benchmark: Any, size: tuple[int, int], rank: int) -> None:
+    run(kernels, benchmark, size, rank, 0.1, backward=True)
+
+
+def test_forward_of_other_ranks(kernels: Kernels, benchmark: Any, size: tuple[int, int], rank: int) -> None:
+    run(kernels, benchmark, size, rank, 0.0, backward=False)

@@ -1,0 +1,210 @@
+"""The LoRA bench: sides that compute the same, goals, the check of the kernels, and runs at a tiny size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lora_extension import HostExtension
+
+from bench import lora_check, lora_comparisons
+from bench.kernel_timing import Stopwatch
+from bench.lora_comparisons import (
+    BARE,
+    BUILDERS,
+    COMPILED,
+    EAGER,
+    OWN,
+    OWN_WIDE,
+    PEFT,
+    PEFT_WIDE,
+    Inputs,
+    Plan,
+)
+from bench.measure import Alternation
+from mtbert.kernels import dispatch, extension
+
+CPU = torch.device("cpu")
+PLAN = Plan(24, 16, 40, 4, 0.0, CPU, torch.float32)
+H200 = Plan(8192, 768, 768, 16, 0.1, torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("side", [side for side in BUILDERS if side not in (BARE, COMPILED)])
+def test_the_sides_compute_the_same(side: str) -> None:
+    if "peft" in side:
+        pytest.importorskip("peft")
+    expected: Any = BUILDERS[EAGER](Inputs(PLAN))()
+    found: Any = BUILDERS[side](Inputs(PLAN))()
+    assert len(found) == 3
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+    forward = replace(PLAN, backward=False)
+    torch.testing.assert_close(BUILDERS[side](Inputs(forward))(), BUILDERS[EAGER](Inputs(forward))())
+
+
+def test_the_bare_side_is_the_frozen_product() -> None:
+    t = Inputs(replace(PLAN, backward=False))
+    torch.testing.assert_close(BUILDERS[BARE](t)(), t.x @ t.weight.t() + t.bias)
+    (dx,) = BUILDERS[BARE](Inputs(PLAN))()  # type: ignore[misc]
+    torch.testing.assert_close(dx, t.gradient @ t.weight)
+
+
+def test_peft_s_default_is_wide() -> None:
+    pytest.importorskip("peft")
+    plan = replace(PLAN, dtype=torch.bfloat16)
+    for side, dtype in ((PEFT, torch.bfloat16), (PEFT_WIDE, torch.float32)):
+        x, a, b = BUILDERS[side](Inputs(plan))()  # type: ignore[misc]
+        assert x.dtype == torch.bfloat16
+        assert a.dtype == b.dtype == dtype
+
+
+def wanted(plan: Plan) -> dict[str, list[float]]:
+    """The goals that are set, by the side they are measured against."""
+    found: dict[str, list[float]] = {}
+    for goal in plan.goals():
+        if goal.at_least is not None:
+            found.setdefault(goal.to, []).append(goal.at_least)
+    return found
+
+
+def test_the_goals() -> None:
+    assert wanted(H200) == {
+        BARE: [pytest.approx(1 / 1.5, rel=1e-3), pytest.approx(1 / 1.3, rel=1e-3)],
+        PEFT: [2.3],
+    }
+    forward = replace(H200, backward=False)
+    assert wanted(forward) == {BARE: [pytest.approx(1 / 1.4, rel=1e-3)]}
+    assert wanted(replace(forward, outputs=3072)) == {BARE: [pytest.approx(1 / 1.25, rel=1e-3)]}
+    assert wanted(replace(forward, p=0.0)) == {BARE: [pytest.approx(1 / 1.15, rel=1e-3)]}
+    rate = 0.9 / (1 + 8 / 768 + 8 / 768)
+    assert wanted(replace(forward, p=0.0, rank=8)) == {BARE: [pytest.approx(rate, rel=1e-3)]}
+    for unaimed in (
+        replace(H200, inputs=384, outputs=384),
+        replace(H200, tokens=64),
+        replace(H200, device=CPU),
+        replace(forward, rank=64),
+    ):
+        assert wanted(unaimed) == {}
+    for plan in (H200, forward):
+        assert {goal.to for goal in plan.goals()} == {BARE, PEFT, PEFT_WIDE, EAGER, COMPILED, OWN_WIDE}
+
+
+def test_a_comparison_at_a_tiny_size() -> None:
+    pytest.importorskip("peft")
+
+    def measure(alternation: Alternation) -> None:
+        alternation.round()
+
+    comparison = lora_comparisons.compare(PLAN, Stopwatch(CPU, 1), measure, without=(COMPILED,))
+    assert comparison.left_out == []
+    assert [case.name for case in comparison.cases] == [OWN, OWN_WIDE, BARE, EAGER, PEFT, PEFT_WIDE]
+    assert comparison.baseline == BARE
+    assert all(case.figures["microseconds"] > 0 for case in comparison.cases)
+    assert PLAN.predicted() is None
+
+
+def test_the_prediction_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import lora_model
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    shape = lora_model.Shape(8192, 768, 768, 16)
+    seconds = (
+        lora_model.forward(lora_model.H200, shape).best + lora_model.backward(lora_model.H200, shape).own
+    )
+    assert replace(H200, rank=9).predicted() == pytest.approx(1e6 * seconds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert H200.predicted() is None
+
+
+def test_the_bench_itself_runs_small(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "bench/test_lora.py", "-q", "-p", "no:cacheprovider"]
+    chosen = ["--repeats", "1", "-k", "test_both", "--device", "cpu", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *chosen],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lora, 64x96, rank 16, dropout 0.1, 64 tokens, forward and backward" in done.stdout
+    assert list(tmp_path.iterdir()) == []  # a CPU's figures are not recorded
+
+
+# ---- the check of the kernels ----
+
+
+def test_the_check_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lora_check.main(["--quick", "--device", "cpu"]) == 0
+    assert "every error is within the rule" in capsys.readouterr().out
+
+
+def test_the_check_says_that_there_is_no_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lora_check.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_the_check_covers_the_design() -> None:
+    cases = lora_check.cases()
+    assert {1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 512} <= {case.rows for case in cases}
+    assert {384, 768, 1024} <= {case.inputs for case in cases}
+    assert {1, 4, 8, 16, 32, 64} <= {rank for case in cases for rank in case.ranks}
+    assert {1, 3} == {len(case.ranks) for case in cases}
+    assert any(case.bounds for case in cases)
+    assert any(not case.dropout for case in cases)
+
+
+class Recording(HostExtension):
+    """Notes the kernel that is asked for."""
+
+    def lora_forward(self, *, kernel: str, **given: Any) -> None:
+        super().lora_forward(**given)
+        self.calls.append(("forward", {"kernel": kernel}))
+
+    def lora_input(self, *, kernel: str, **given: Any) -> None:
+        super().lora_input(**given)
+        self.calls.append(("input", {"kernel": kernel}))
+
+
+@pytest.mark.parametrize("kernel", lora_check.KERNELS)
+@pytest.mark.parametrize("dtype", lora_check.DTYPES)
+def test_the_check_forces_a_kernel(kernel: str, dtype: torch.dtype) -> None:
+    functions = Recording()
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with extension.cuda_stand_in(functions), dispatch.use_backend("cuda"):
+            for case in lora_check.quick_cases():
+                assert lora_check.worst_error(case, dtype, CPU, kernel) <= 1.0
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    asked = {(name, given["kernel"]) for name, given in functions.calls if "kernel" in given}
+    expected = kernel if dtype != torch.float32 else kernel.replace("sm90", "sm80")
+    assert asked == {("forward", expected), ("input", expected.removesuffix("_split"))}
+
+
+def test_the_check_sees_an_error() -> None:
+    class Wrong(HostExtension):
+        def lora_grad_a(self, **given: Any) -> None:
+            super().lora_grad_a(**{**given, "site": given["site"] + 1})
+
+    case = lora_check.quick_cases()[0]
+    with extension.cuda_stand_in(Wrong()), dispatch.use_backend("cuda"):
+        assert lora_check.worst_error(case, torch.bfloat16, CPU, None) > 1.0
+
+    class Idle(HostExtension):
+        def lora_input(self, **given: Any) -> None:
+            pass
+
+    with extension.cuda_stand_in(Idle()), dispatch.use_backend("cuda"):
+        assert lora_check.worst_error(case, torch.bfloat16, CPU, None) == float("inf")
