@@ -598,16 +598,27 @@ UNSERVED = [
 ]
 
 
-def test_auto_takes_the_extension_on_a_gpu() -> None:
-    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("auto"):
-        assert select()[0] == "cuda"
+def asked(**change: Any) -> str:
+    """Who serves under kernels=cuda, on a made-up GPU."""
+    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("cuda"):
+        try:
+            return select(**change)[0]
+        except ConfigError:
+            return "refused"
+
+
+def test_whoever_asks_for_cuda_gets_the_extension() -> None:
+    assert asked() == "cuda"
+    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("cuda"):
         for operation in ("lora_linear", "lora_qkv"):
             for dtype in (BRAIN, HALF):
                 assert dispatch.select(operation, device="cuda", dtype=dtype)[0] == "cuda"
-        for change, _ in UNSERVED:
+
+
+def test_auto_composes_pytorch_s_products() -> None:
+    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("auto"):
+        for change in ({}, *(change for change, _ in UNSERVED), {"device": "cpu", "dtype": HALF}):
             assert select(**change)[0] in ("cpu", "torch")
-        # Not even where those before it serve no call.
-        assert select(device="cpu", dtype=HALF)[0] == "torch"
 
 
 @pytest.mark.parametrize(("change", "reason"), UNSERVED)
@@ -627,22 +638,21 @@ def test_whoever_asks_for_cuda_gets_it_or_the_reason(change: dict[str, Any], rea
         (["sm_80", "sm_90a", "compute_90"], (8, 9), "cuda"),
         (["sm_80", "sm_90a", "compute_90"], (9, 0), "cuda"),
         (["sm_80", "sm_90a", "compute_90"], (12, 0), "cuda"),
-        (["sm_90a", "compute_90"], (8, 0), "torch"),
-        (["sm_75"], (7, 5), "torch"),
+        (["sm_90a", "compute_90"], (8, 0), "refused"),
+        (["sm_75"], (7, 5), "refused"),
     ],
 )
 def test_a_gpu_must_have_code(
     built: list[str], gpu: tuple[int, int], implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extension, "architectures", lambda: built)
-    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("auto"):
-        assert select(capability=gpu)[0] == implementation
+    assert asked(capability=gpu) == implementation
 
 
-@pytest.mark.parametrize(("name", "implementation"), [("tf32", "cuda"), ("ieee", "torch")])
+@pytest.mark.parametrize(("name", "implementation"), [("tf32", "cuda"), ("ieee", "refused")])
 def test_tf32_is_pytorch_s_own_setting(name: str, implementation: str) -> None:
-    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("auto"), precision(name):
-        assert select(dtype=FLOAT)[0] == implementation
+    with precision(name):
+        assert asked(dtype=FLOAT) == implementation
 
 
 def test_a_trained_weight_is_not_the_extension_s(host: Place) -> None:
@@ -709,7 +719,7 @@ def test_the_doctor_s_check_runs_on_it(host: Place, operation: str) -> None:
 
 
 def test_the_doctor_names_it() -> None:
-    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("auto"):
+    with extension.cuda_stand_in(HostExtension()), dispatch.use_backend("cuda"):
         found = {e.operation: e for e in dispatch.explain("cuda", BRAIN)}
     assert found["lora_linear"].implementation == found["lora_qkv"].implementation == "cuda"
     assert "CUDA C++, the adapter within the product" in found["lora_linear"].reason
