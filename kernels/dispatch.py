@@ -109,9 +109,11 @@ _TRITON_CAPABILITY = Condition(
 
 
 def _triton(operation: str, *more: Condition) -> Row:
+    # What the extension has no CUDA code for is Triton's under `cuda` too: else no model could run under it.
+    backends = ("triton",) if operation == "dropout" else ("triton", "cuda")
     floats = _dtype(torch.float32, torch.bfloat16, torch.float16)
     conditions = (_TRITON_DEVICE, floats, _TRITON_INSTALLED, _TRITON_CAPABILITY, *more)
-    return Row(operation, "triton", ("triton",), conditions, "Triton")
+    return Row(operation, "triton", backends, conditions, "Triton")
 
 
 def _reference(operation: str) -> Row:

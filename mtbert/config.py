@@ -69,7 +69,8 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of the encoder's operations; auto takes the fastest that can serve."""
+    """Implementation of the encoder's operations; auto takes what should be fastest, cuda the CUDA extension where
+    it has the operation, and Triton elsewhere."""
     profile: Profile = "none"
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""

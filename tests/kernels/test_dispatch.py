@@ -42,9 +42,11 @@ def test_an_explicit_choice_that_cannot_serve_raises(cpu_kernels: None) -> None:
         dispatch.select("attention", device="cpu", dtype=torch.float64)
     with (
         dispatch.use_backend("cuda"),
-        pytest.raises(ConfigError, match="kernels=cuda: no cuda implementation of attention"),
+        pytest.raises(
+            ConfigError, match="kernels=cuda cannot serve attention for float64 on cuda: not triton"
+        ),
     ):
-        dispatch.select("attention", device="cuda", dtype=torch.float32)
+        dispatch.select("attention", device="cuda", dtype=torch.float64)
 
 
 def test_the_extension_s_absence_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
