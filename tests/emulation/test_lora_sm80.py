@@ -563,7 +563,7 @@ FAULTS = {
         "low.h",
         "piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
         "!{n} && piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
-        *(run_low, CUT, EmulationError, "of grad, out of bounds"),
+        *(run_low, CUT, EmulationError, r"race: byte \d+ of ds"),
     ),
     "only the last rows of a piece": Fault(
         "low.h",

@@ -1,9 +1,9 @@
 // y = x W^T + bias + s B^T, with s = scale * dropout(x) A^T computed on the way (fused) or given.
 //
-// A block computes a tile of 128 columns of one block of outputs, a warp 64 x 32 of it; four warps lie beside each
-// other, one or two rows of them above each other. W's rows are read in the order that gives lane (g, q) of an
-// accumulator the neighbouring columns 8 q to 8 q + 7 of the warp's 32, so they are stored from registers as whole
-// pieces.
+// A block computes a tile of one block of outputs: 64 rows and 128 columns with four warps, or 128 rows and 256 columns
+// with eight (the wide tile). A warp has 64 rows and a quarter of the columns. W's rows are read in the order that gives
+// lane (g, q) of the accumulators the neighbouring columns 8 q to 8 q + 7 of each 32 of its warp, so they are stored
+// from registers as whole pieces.
 //
 // The sum runs in steps of 64 bytes through a ring of stages filled by asynchronous copies: first over K, then
 // over the rank, where the panel of x holds s instead and that of W holds B. In the fused kernel every warp also
@@ -107,8 +107,7 @@ struct LowWords {
     }
 };
 
-// kRank: the most columns of s of a block of outputs; 0 where s is given. kUnits: how many times 32 columns a warp
-// has.
+// kRank: the most columns of s of a block of outputs; 0 where s is given. A warp has kUnits times 32 columns.
 template <typename T, int kRank, bool kDropout, int kRowWarps, int kUnits>
 MTBERT_KERNEL(128 * kRowWarps, (ForwardTile<T, kRank, kRowWarps, kUnits>::kBlocks))
 void forward_kernel(const Forward p) {
@@ -122,8 +121,7 @@ void forward_kernel(const Forward p) {
     const int lane = machine::lane_index(), warp = machine::warp_index();
     const int g = lane / 4, q = lane % 4, warp_row = warp / 4, warp_column = warp % 4;
 
-    // The tiles of outputs of the same rows follow each other, so that they run together and x is read from memory
-    // once.
+    // The tiles of the same rows follow each other, so that they run together and x is read from memory once.
     const int tiles = (p.outputs + Tile::kColumns - 1) / Tile::kColumns;
     const int tile = machine::block_index_x() % (p.blocks * tiles);
     const int block = tile / tiles;
@@ -217,8 +215,7 @@ void forward_kernel(const Forward p) {
         draws.draw(mask_low, mask_high, 0, key);
     }
 
-    // Where this lane points in a stage. Column i of W's tile 0 of a unit stands for column tile_row(i) of the
-    // unit.
+    // Where this lane points in a stage. Column i of W's tile 0 of a unit stands for column tile_row(i) of it.
     const int weight_lane = panel_offset(warp_column * 32 * kUnits + tile_row(lane % 8), lane / 8);
     const int x_lane[2] = {Tile::kXOffset + lane_a_offset(warp_row * 64, 0),
                            Tile::kXOffset + lane_a_offset(warp_row * 64, 1)};
@@ -289,8 +286,7 @@ void forward_kernel(const Forward p) {
     }
 
     if constexpr (kFused) {
-        // s takes the places of x in the next stages. All warps are done with those but for the one of the last
-        // step.
+        // s takes the places of x in the next stages. All warps are done with those, but for that of the last step.
         if constexpr (kRank * kElement > (kStages - 1) * kPanelBytes) {
             machine::block_barrier();
         }

@@ -2,6 +2,8 @@
 // from the accumulators to memory.
 #pragma once
 
+#include <type_traits>
+
 #include "common/philox.h"
 #include "cuda/lora/sm90_layout.h"
 #include "cuda/lora/sm90_machine.h"
@@ -146,6 +148,8 @@ struct Bias {
     }
 };
 
+struct NoBias {};
+
 // Where a warp's part of a tile goes: the coordinates of the map are column, block of outputs, row.
 struct Target {
     int row;  // the warp's first
@@ -157,10 +161,10 @@ struct Target {
 
 // Rounds the accumulators, after the bias is added, and stores them: 64 columns at a time through this warp's
 // buffers, each of which waits until TMA has read what it held.
-template <typename T, int kStores, int kCount>
+template <typename T, int kStores, int kCount, typename AnyBias>
 MTBERT_DEVICE void store_tile(const float (&accumulator)[kCount], Shared shared, const Memory& memory,
                               const Place& place, const TensorMap& map, const Target& target,
-                              const Bias<2 * kCount>& bias) {
+                              const AnyBias& bias) {
     constexpr int kBlocks = kCount / (kStoreColumns / 2);
     constexpr int kPairs = kStoreColumns / kPairColumns;
     static_assert(kBlocks % kStores == 0);
@@ -178,10 +182,16 @@ MTBERT_DEVICE void store_tile(const float (&accumulator)[kCount], Shared shared,
             MTBERT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int first = kStoreColumns / 2 * block + 8 * pair + 4 * half;
-                const std::uint32_t both = bias.pair[first / 4];
-                const float add[2] = {machine::unpack<T>(both, 0), machine::unpack<T>(both, 1)};
-                word[2 * half] = machine::pack<T>(accumulator[first] + add[0], accumulator[first + 1] + add[1]);
-                word[2 * half + 1] = machine::pack<T>(accumulator[first + 2] + add[0], accumulator[first + 3] + add[1]);
+                float value[4];
+                MTBERT_UNROLL
+                for (int k = 0; k < 4; ++k) {
+                    value[k] = accumulator[first + k];
+                    if constexpr (!std::is_same_v<AnyBias, NoBias>) {
+                        value[k] += machine::unpack<T>(bias.pair[first / 4], k & 1);
+                    }
+                }
+                word[2 * half] = machine::pack<T>(value[0], value[1]);
+                word[2 * half + 1] = machine::pack<T>(value[2], value[3]);
             }
             machine::store_matrix_x4(
                 buffer + tile_offset(matrix_row(place.lane), 2 * pair + matrix_chunk(place.lane)), word);

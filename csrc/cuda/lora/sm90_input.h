@@ -230,7 +230,7 @@ struct InputWarp {
             store_tile<T, Plan::kStores>(accumulator, shared, Plan::get(), place, arguments.dx,
                                          Target{tile.row + kWarpRows * place.warp, 0, tile.column, arguments.rows,
                                                 schedule.block_columns},
-                                         Bias<kColumns>{});
+                                         NoBias{});
         }
         if (place.lane == 0) {
             machine::tma_store_wait_read<0>();
