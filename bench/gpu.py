@@ -3,11 +3,13 @@
     python -m bench.gpu --output FOLDER                the Triton kernels, and whatever dispatch chooses
     python -m bench.gpu --output FOLDER --set lora     the CUDA extension's LoRA products
 
-Builds and installs nothing. In turn, each with a limit of time: the doctor; the tests of the kernels, which run on the
-GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for them; the compile report. For
-LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the comparisons of bench/test_lora.py;
-compute-sanitizer's memcheck and racecheck over a few small calls. Every part leaves NAME.txt; the comparisons leave
-DEVICE.json too, to be committed under bench/results. Exit code 2: there is no GPU; 1: a part failed or ran out of time.
+Builds and installs nothing: `pip install --no-build-isolation --no-deps -e .` first, on a machine without network with
+wheels of jsonargparse, pytest and pytest-benchmark beside it. In turn, each with a limit of time: the doctor; the tests
+of the kernels, which run on the GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for
+them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the
+comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. Every part
+leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no
+GPU; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ SETS = ("kernels", "lora")
 
 def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
     """The parts of a set, the most useful first: those behind may be cut short."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # Not pyproject.toml's options: pytest-xdist may be missing. One file that lacks a package stops no other.
+    options = ["-o", "addopts=--import-mode=importlib -ra", "--continue-on-collection-errors"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     spread = ["-n", str(min(8, cores))] if importlib.util.find_spec("xdist") else []
     record = ["--results", str(output), f"--benchmark-json={output / f'rounds-{chosen}.json'}"]
     if chosen == "lora":
