@@ -48,6 +48,7 @@ struct Call {
     std::int64_t seed;
     std::int64_t step;
     std::int64_t site;
+    std::int64_t ranks[3];
 };
 
 std::int64_t strided(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
@@ -72,7 +73,9 @@ class Machine {
                                   call_.site,
                                   call_.threshold};
         const DType dtype = kTypes[call_.dtype];
-        return {call_.rows, call_.inputs, call_.outputs, call_.blocks, call_.rank, dtype, scale, mask, 0, 0};
+        const std::int64_t* const r = call_.ranks;
+        return {call_.rows, call_.inputs, call_.outputs, call_.blocks, call_.rank, {r[0], r[1], r[2]},
+                dtype,      scale,        mask,          0,            0};
     }
 
     // A launch as run_... of sm80_run.h wants it.

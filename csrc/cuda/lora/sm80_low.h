@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/lora/lora.h"
 #include "cuda/lora/machine.h"
 #include "cuda/lora/sm80_pieces.h"
 #include "cuda/lora/sm80_tile.h"
@@ -27,6 +28,7 @@ struct Low {
     int outputs;               // of one block
     int blocks;
     int rank;
+    LoraRanks ranks;
     int splits;
     int split_steps;
     float scale;
@@ -198,7 +200,10 @@ void low_kernel(const Low p) {
                 const int column = 8 * i + 2 * q;
                 if (row < rows_there && column < p.rank) {
                     const std::int64_t at = (first_row + row) * p.blocks * p.rank + block * p.rank + column;
-                    const float first = sum[i][2 * half], second = sum[i][2 * half + 1];
+                    // Zero where it only fills up the rank, whatever the sum.
+                    const int left = p.ranks.of(block) - column;
+                    const float first = left > 0 ? sum[i][2 * half] : 0.0f;
+                    const float second = left > 1 ? sum[i][2 * half + 1] : 0.0f;
                     if (p.splits > 1) {
                         const std::int64_t part = split * p.pieces.rows * p.blocks * p.rank;
                         machine::store_global(p.part_ds + part + at, float_words(first, second));

@@ -114,6 +114,7 @@ void run_forward(const LoraForward& f, bool s_given, const Launch& launch) {
     p.outputs = static_cast<int>(shape.outputs / shape.blocks);
     p.blocks = static_cast<int>(shape.blocks);
     p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.mask = make_mask(shape.mask);
     p.s_scale = static_cast<float>(shape.scale * p.mask.scale);
     const auto start = [&](auto tile, auto kernel) {
@@ -158,6 +159,8 @@ void run_thin(const LoraForward& f, const Launch& launch) {
     p.rows = shape.rows;
     p.inputs = static_cast<int>(shape.inputs);
     p.low = static_cast<int>(shape.blocks * shape.rank);
+    p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.mask = make_mask(shape.mask);
     p.s_scale = static_cast<float>(shape.scale * p.mask.scale);
     choose(typename Sizes::Low{}, p.low, [&](auto low) {
@@ -245,6 +248,7 @@ void run_low(const LoraLow& f, const Launch& launch) {
     p.outputs = static_cast<int>(shape.outputs / shape.blocks);
     p.blocks = static_cast<int>(shape.blocks);
     p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.splits = static_cast<int>(plan.splits);
     p.split_steps = static_cast<int>(plan.split_steps);
     p.scale = static_cast<float>(shape.scale);
