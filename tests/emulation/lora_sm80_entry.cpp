@@ -29,7 +29,8 @@ struct Sizes {
                                      std::conditional_t<cuda::sm80::kIsFloat<T>, Choices<16, 64>, Choices<32>>>;
     using Rank = Small;
     using Low = std::conditional_t<kBF16, Choices<16, 64, 192>, Choices<64>>;
-    static constexpr std::int64_t kWideTiles = 2, kLowSlabs = 2, kGradABlocks = 4;
+    static constexpr cuda::LoraCard kCard{4, 200};
+    static constexpr std::int64_t kLowSlabs = 2, kGradABlocks = 4;
 };
 
 // What a call is about: int64 fields in the order of the tests' own structure.

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cuda/lora/lora.h"
+#include "cuda/lora/plan.h"
 #include "cuda/lora/sm80_forward.h"
 #include "cuda/lora/sm80_grad_a.h"
 #include "cuda/lora/sm80_input.h"
@@ -30,8 +31,7 @@ using Choices = std::integer_sequence<int, kValues...>;
 
 // How work is cut: for a large GPU, whatever the card, so that equal calls give equal bits. A test has less of it.
 struct Cuts {
-    // The fewest wide tiles (128 x 256) that are taken: about as many as the card has multiprocessors.
-    static constexpr std::int64_t kWideTiles = 120;
+    static constexpr LoraCard kCard = kLoraCard;
     // The most slabs of rows for dB, whose parts take outputs * rank floats each; and the blocks that are wanted.
     static constexpr std::int64_t kLowSlabs = 128;
     // The blocks that are wanted for dA.
@@ -41,9 +41,8 @@ struct Cuts {
 // The sizes that kernels are made for, ascending; a call takes the first that holds its own. A test makes fewer.
 template <typename T>
 struct Variants : Cuts {
-    // Ranks of the fused forward kernel: with the wide tile (above that its registers do not suffice), and with the
-    // small one.
-    using Wide = std::conditional_t<kIsFloat<T>, Choices<>, Choices<8, 16>>;
+    // Ranks of the fused forward kernel: with the wide tile, and with the narrow one.
+    using Wide = std::conditional_t<kIsFloat<T>, Choices<>, Choices<8, kLoraWideRank>>;
     using Small = std::conditional_t<kIsFloat<T>, Choices<16, 64>, Choices<8, 16, 32, 64>>;
     using Rank = Small;                        // of ds and dB
     using Low = Choices<16, 32, 64, 96, 192>;  // J * R of s and dA
@@ -86,13 +85,9 @@ inline Mask make_mask(const LoraMask& mask) {
     return result;
 }
 
-// A wide tile needs the least traffic through shared memory for its products, but there have to be enough of them,
-// and little of them may lie beyond the columns.
 template <typename T, typename Sizes>
-bool is_wide(std::int64_t rows, std::int64_t columns, std::int64_t blocks) {
-    const std::int64_t tiles = ceil_div(columns, 256);
-    return !kIsFloat<T> && ceil_div(rows, 128) * tiles * blocks >= Sizes::kWideTiles &&
-           tiles * 256 * 10 <= ceil_div(columns, 128) * 128 * 11;
+bool is_wide(std::int64_t rows, std::int64_t columns, std::int64_t blocks, std::int64_t low_columns) {
+    return !kIsFloat<T> && lora_takes_wide(Sizes::kCard, rows, columns, blocks, low_columns);
 }
 
 // y, and s unless it is given.
@@ -122,7 +117,8 @@ void run_forward(const LoraForward& f, bool s_given, const Launch& launch) {
         const std::int64_t tiles = ceil_div(p.rows, Tile::kRows) * p.blocks * ceil_div(p.outputs, Tile::kColumns);
         launch(kernel, LaunchPlan{tiles, Tile::kThreads, Tile::kSharedBytes}, p);
     };
-    const bool wide = is_wide<T, Sizes>(p.rows, p.outputs, p.blocks);
+    const std::int64_t low_columns = s_given ? 0 : lora_low_columns(p.rank, p.mask.threshold != 0);
+    const bool wide = is_wide<T, Sizes>(p.rows, p.outputs, p.blocks, low_columns);
     if (s_given) {
         if constexpr (!kIsFloat<T>) {
             if (wide) {
@@ -193,7 +189,7 @@ void run_input(const LoraInput& f, const Launch& launch) {
         launch(kernel, LaunchPlan{tiles, Tile::kThreads, Tile::kSharedBytes}, p);
     };
     if constexpr (!kIsFloat<T>) {
-        if (is_wide<T, Sizes>(p.rows, p.inputs, 1)) {
+        if (is_wide<T, Sizes>(p.rows, p.inputs, 1, 0)) {
             return start(InputTile<T, 2, 2>{}, &input_kernel<T, 2, 2>);
         }
     }
