@@ -490,8 +490,8 @@ LATE_WAIT = """        machine::copy_async_wait<kStages - 2>();
         copy_late(step + kStages - 1);
         multiply_main(step);
 """
-LOW_WAIT = """            machine::copy_async_wait<kStages - 2>();
-            machine::block_barrier();
+LOW_WAIT = """                machine::copy_async_wait<kStages - 2>();
+                machine::block_barrier();
 """
 
 
@@ -605,15 +605,21 @@ FAULTS = {
     ),
     "rows of the next group": Fault(
         "low.h",
-        "piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
-        "!{n} && piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
-        *(run_low, CUT, EmulationError, r"race: byte \d+ of ds"),
+        "piece.end - first_row < kTogether ? piece.end - first_row : kTogether",
+        "!{n} && piece.end - first_row < kTogether ? piece.end - first_row : kTogether",
+        *(run_low, CUT, EmulationError, "of s, out of bounds"),
     ),
     "only the last rows of a piece": Fault(
         "low.h",
         "if (!is_first) {\n                                const auto before",
         "if (!is_first && !{n}) {\n                                const auto before",
-        *(run_low, CUT, AssertionError, "error"),
+        *(run_low, replace(CUT, rank=64), AssertionError, "error"),
+    ),
+    "s of the first rows": Fault(
+        "low.h",
+        "s_tile + pass * Tile::kSBytes);",
+        "s_tile + ({n} ? 0 : pass) * Tile::kSBytes);",
+        *(run_low, replace(CUT, bounds=None), AssertionError, "error"),
     ),
     "wait for dy": Fault(
         "low.h",
