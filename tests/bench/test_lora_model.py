@@ -66,7 +66,7 @@ def test_the_backward_pass_by_hand() -> None:
     main, added = lora_model.low(replace(SHAPE, rows=128))
     assert main.bytes == 2 * (128 * 192 + 192 * 16 + 128 * 48) + 192 * 16 * 4 + 128 * 48 * 2
     assert added.bytes == 0
-    # 8,192 rows in 32 pieces of 256, with the 12 steps of 768 outputs in four runs, leave smaller parts than 64 and two.
+    # 8,192 rows in 32 pieces, with the 12 steps of 768 outputs in four runs, leave smaller parts than 64 and two.
     large = Shape(8192, 768, 768, 16)
     main, added = lora_model.low(large)
     parts = 32 * 768 * 16 * 4 + 4 * 8192 * 16 * 4
