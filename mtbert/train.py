@@ -113,7 +113,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, forward, data)
         if isinstance(forward, PrefixForward):  # before the clock of the training runs
-            forward.prepare()
+            forward.open_files()
         if not run.record_path.is_file():  # a run killed between the two files resumes, too
             run.write_json(
                 run.record_path,
@@ -135,6 +135,8 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 schedule=config.schedule,
                 evaluation=config.evaluation,
                 run=config.run,
+                inputs=config.input,
+                device=machine.device,
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
                 unfreezing=parts.unfreezing,
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,7 @@ class PrefixForward(PackedForward):
         self._open: dict[TaskData, np.ndarray] = {}
         self._weights: tuple[int, bytes] | None = None
         self._given_up = False
+        self._opening = threading.Lock()
 
     @property
     def serves(self) -> bool:
@@ -115,7 +117,7 @@ class PrefixForward(PackedForward):
         else:
             logger.info("%s", text)
 
-    def prepare(self) -> None:
+    def open_files(self) -> None:
         """Open the files of all kept tables, and compute those that are not there."""
         for data in self._kept:
             self._states(data)
@@ -145,19 +147,23 @@ class PrefixForward(PackedForward):
 
     def _states(self, data: TaskData) -> np.ndarray | None:
         """The open file of a table, made where there is none; None where that is given up."""
-        # The digest of the weights is taken again only when somebody has written into them (a checkpoint was loaded).
+        with self._opening:  # the thread that prepares the next steps, and an evaluation
+            self._follow_weights()
+            if data not in self._open and not self._given_up:
+                try:
+                    self._open[data] = self._opened(data)
+                except OSError as error:
+                    self._failed(data, error)
+            return self._open.get(data)
+
+    def _follow_weights(self) -> None:
+        """Close the files when somebody has written other values into the frozen weights: a checkpoint was loaded."""
         version = sum(parameter._version for _, parameter in self._frozen())
         if self._weights is None or self._weights[0] != version:
             digest = _digest_of(self._frozen())
             if self._weights is not None and self._weights[1] != digest:
                 self._open.clear()
             self._weights = (version, digest)
-        if data not in self._open and not self._given_up:
-            try:
-                self._open[data] = self._opened(data)
-            except OSError as error:
-                self._failed(data, error)
-        return self._open.get(data)
 
     def _opened(self, data: TaskData) -> np.ndarray:
         """Raises OSError where a file cannot be written."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def prepared(*args: Any, **settings: Any) -> Assembly:
     assembly = build(*args, **settings)
     assert isinstance(assembly.forward, PrefixForward)
-    assembly.forward.prepare()
+    assembly.forward.open_files()
     return assembly
 
 
@@ -274,6 +275,25 @@ def test_weights_that_are_loaded_later_are_noticed(bert: Path, tmp_path: Path, p
             model.encoder.layers[1].output.weight.mul_(1.1)
     assert_same(assembly, other)
     assert len(passes) == 3
+
+
+def test_a_thread_may_prepare_steps_while_another_evaluates(
+    bert: Path, tmp_path: Path, passes: list[str]
+) -> None:
+    """None of the files is there yet: each is made once, and every pass has the outputs of its own rows."""
+    assembly = build(bert, tmp_path)
+    data = assembly.data["para"]["train"]
+    requests = [[Request(data, batch, 0, 1.0)] for batch in np.array_split(np.arange(30), 5)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(assembly.forward.prepare, requests * 2))
+    assert passes == ["para"]
+    for ready, request in zip(found, requests * 2, strict=True):
+        assert ready.batch is not None
+        assert ready.batch.below is not None
+        expected = assembly.forward.prepare(request).batch
+        assert expected is not None
+        assert expected.below is not None
+        assert torch.equal(ready.batch.below.hidden, expected.below.hidden)
 
 
 def test_a_table_that_is_not_kept_is_computed_whole(bert: Path, tmp_path: Path, passes: list[str]) -> None:
