@@ -27,6 +27,7 @@ from mtbert.engine.frozen_prefix import FrozenCacheConfig, PrefixForward, descri
 from mtbert.engine.hidden_states import StatesFolder, StatesKey
 from mtbert.engine.inference import infer
 from mtbert.errors import ConfigError, UserError
+from mtbert.evaluation.run import frozen_layers_text
 from mtbert.losses.bregman import BregmanConfig
 from mtbert.losses.simcse import SimCseConfig
 from mtbert.losses.smart import SmartConfig
@@ -215,6 +216,22 @@ def test_gradual_unfreezing_below_the_trained_layers_leaves_the_prefix(bert: Pat
     assert_same(assembly, build(bert, tmp_path, "never"))
     with pytest.raises(ConfigError, match=r"layer 3, below 1 layers, would begin to train after 1\.5"):
         Unfreezing(assembly.model, UnfreezingConfig(gradual=True, epochs_per_layer=1.5), 1.2)
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"layers": 0, "drop": True, "cached": False}, None),
+        ({"layers": 4, "drop": True, "cached": False}, "the embeddings and the first 4, with dropout"),
+        ({"layers": 4, "drop": False, "cached": False}, "the embeddings and the first 4, without dropout"),
+        ({"layers": 4, "drop": False, "cached": True}, "without dropout; their outputs are computed once"),
+    ],
+)
+def test_log_and_report_say_what_is_frozen_and_whether_it_drops(
+    facts: dict[str, Any], text: str | None
+) -> None:
+    found = frozen_layers_text(facts)
+    assert found == text if found is None or text is None else text in found
 
 
 @pytest.fixture
