@@ -21,7 +21,7 @@ from support.assembly import Assembly, assemble, tiny_config
 from support.small_disk import small_disk
 from support.tiny_bert import write_tiny_bert
 
-from mtbert.data.packing import Request, distinct_rows, pack
+from mtbert.data.packing import Computed, Request, distinct_rows, pack
 from mtbert.engine.forward import PackedForward
 from mtbert.engine.frozen_prefix import FrozenCacheConfig, PrefixForward, describe_frozen
 from mtbert.engine.hidden_states import StatesFolder, StatesKey
@@ -216,6 +216,20 @@ def test_gradual_unfreezing_below_the_trained_layers_leaves_the_prefix(bert: Pat
     assert_same(assembly, build(bert, tmp_path, "never"))
     with pytest.raises(ConfigError, match=r"layer 3, below 1 layers, would begin to train after 1\.5"):
         Unfreezing(assembly.model, UnfreezingConfig(gradual=True, epochs_per_layer=1.5), 1.2)
+
+
+def test_the_encoder_refuses_hidden_states_that_are_not_the_batchs(bert: Path, tmp_path: Path) -> None:
+    assembly = build(bert, tmp_path, "never")
+    encoder, data = assembly.model.encoder, assembly.data["sst"]["train"]
+    batch = pack([Request(data, np.arange(3), 0, 1.0)])
+    hidden = encoder(batch, dtype=torch.float32, layers=2)
+    whole = encoder(batch, dtype=torch.float32)
+    assert torch.equal(encoder(batch, dtype=torch.float32, below=Computed(hidden, 2)), whole)
+    for wrong in (hidden.double(), hidden[1:]):
+        with pytest.raises(ValueError, match=r"the first layers gave torch\.float"):
+            encoder(batch, dtype=torch.float32, below=Computed(wrong, 2))
+    with pytest.raises(ValueError, match="noise is added to the embeddings"):
+        encoder(batch, dtype=torch.float32, below=Computed(hidden, 2), noise=torch.zeros_like(hidden))
 
 
 @pytest.mark.parametrize(
