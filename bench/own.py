@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from mtbert.config import Mode, TrainConfig
 from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
+from mtbert.engine.frozen_prefix import PrefixForward, keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype
@@ -31,8 +33,13 @@ def build_step(
     lora: LoraConfig | None = None,
     dropout: float = 0.1,
     surgery: SurgeryConfig | None = None,
+    trained_layers: int | None = None,
+    frozen: Path | None = None,
 ) -> TrainStep:
-    """A training step of `mode` over the workload's data, one pass of the encoder a step."""
+    """A training step of `mode` over the workload's data, one pass of the encoder a step.
+
+    Frozen first layers drop nothing here. frozen: where their outputs are kept; by default every step computes them.
+    """
     config = TrainConfig(
         tasks=list(workload.tasks),
         mode=mode,
@@ -48,13 +55,18 @@ def build_step(
         settings.head = dataclasses.replace(settings.head, dropout=dropout)
     if lora is not None:
         config.model.lora = lora
+    config.model.trained_layers, config.model.frozen_dropout = trained_layers, False
+    config.frozen_cache.use = "never" if frozen is None else "always"
+    config.cache = None if frozen is None else str(frozen)
     machine = Machine(device, compute_dtype(precision, device))
     model, tokeniser = load_model(config, machine)
     data = {name: {"train": examples} for name, examples in workload.data.items()}
     tables = {name: {"train": examples.table} for name, examples in workload.data.items()}
     losses = task_losses(config, machine, data)
     forward = build_forward(config, model, machine)
-    return build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    keep_tables(forward, step.data.values())
+    return step
 
 
 def own_side(name: str, workload: Workload, step: TrainStep) -> Side:
@@ -71,6 +83,37 @@ def own_side(name: str, workload: Workload, step: TrainStep) -> Side:
         return result.tokens
 
     return Side(name, run)
+
+
+def prefix_side(name: str, workload: Workload, step: TrainStep) -> Side:
+    """A step that begins above frozen layers, whose outputs were computed before.
+
+    Figures: the bytes of the files, the tokens a second of the one time that they are computed and written, and the
+    seconds of opening them later, which reads all of them for their checksums.
+    """
+    forward = step.forward
+    assert isinstance(forward, PrefixForward)
+    synchronise(forward.device)
+    begin = time.perf_counter()
+    forward.open_files()
+    made = time.perf_counter()
+    again = PrefixForward(
+        forward.model,
+        forward.device,
+        forward.dtype,
+        forward.files.folder,
+        forward.config,
+        max_tokens=step.max_tokens,
+    )
+    again.keep(step.data.values())
+    opening = time.perf_counter()
+    again.open_files()
+    figures = {
+        "frozen_layers_tokens_per_second": workload.tokens / (made - begin),
+        "opening_seconds": time.perf_counter() - opening,
+        "file_bytes": sum(path.stat().st_size for path in forward.files.folder.glob("*.hidden")),
+    }
+    return Side(name, own_side(name, workload, step).run, figures)
 
 
 def frozen_side(name: str, workload: Workload, step: TrainStep) -> Side:

@@ -15,6 +15,7 @@ import yaml
 
 from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.frozen_prefix import FrozenCacheConfig
 from mtbert.engine.input_pipeline import InputConfig
 from mtbert.engine.precision import Precision
 from mtbert.engine.pretraining import PretrainingConfig
@@ -76,11 +77,13 @@ class TrainConfig:
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""
     cache: str | None = None
-    """Folder of the tokenised tables; by default mtbert in the user's cache folder."""
+    """Folder of the tokenised tables, and of frozen layers' outputs; by default mtbert in the user's cache folder."""
     plugins: list[str] = field(default_factory=list)
     """Python files or modules that register tasks, imported at start-up."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoder, its dropout and its adapters."""
+    frozen_cache: FrozenCacheConfig = field(default_factory=FrozenCacheConfig)
+    """The outputs of frozen first layers, computed once and reused."""
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -22,6 +22,8 @@ from mtbert.engine.build import (
 )
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
+from mtbert.engine.forward import Forward
+from mtbert.engine.frozen_prefix import PrefixForward, describe_frozen
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
@@ -35,9 +37,8 @@ from mtbert.errors import ConfigError
 from mtbert.evaluation.profile import profile_text, read_profile
 from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table
-from mtbert.evaluation.run import read_run
+from mtbert.evaluation.run import frozen_layers_text, read_run
 from mtbert.evaluation.seeds import write_seeds
-from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
 from mtbert.tasks.loading import SAMPLE
 
@@ -110,12 +111,17 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
         if start is not config:
             parts = assemble(start)
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
-        announce(start, machine, model, data)
+        announce(start, machine, forward, data)
+        if isinstance(forward, PrefixForward):  # before the clock of the training runs
+            forward.open_files()
         if not run.record_path.is_file():  # a run killed between the two files resumes, too
             run.write_json(
                 run.record_path,
                 describe_run(config, facts, run.name, model, data)
-                | {"pretraining": describe_stages(config, run.path)},
+                | {
+                    "pretraining": describe_stages(config, run.path),
+                    "frozen_layers": describe_frozen(forward),
+                },
             )
             write_problems(run, data)
         with MetricsLog(run.metrics_path) as log:
@@ -159,9 +165,9 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
     print(f"\nrun: {run.path}\nreport: {run.report_path}")
 
 
-def announce(config: TrainConfig, machine: Machine, model: MultiTaskModel, data: TaskSplits) -> None:
+def announce(config: TrainConfig, machine: Machine, forward: Forward, data: TaskSplits) -> None:
     """Say what is about to be trained, on what."""
-    total = model.parameter_counts()[-1]
+    total = forward.model.parameter_counts()[-1]
     logger.info(
         "%s, mode %s: %s trainable of %s parameters; %s, %s",
         config.model.pretrained,
@@ -171,6 +177,9 @@ def announce(config: TrainConfig, machine: Machine, model: MultiTaskModel, data:
         machine.device,
         str(machine.dtype).removeprefix("torch."),
     )
+    frozen = frozen_layers_text(describe_frozen(forward))
+    if frozen is not None and config.mode != "last-linear-layer":
+        logger.info("frozen: %s", frozen)
     for name, splits in data.items():
         sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in splits.items())
         logger.info("%s: %s", name, sizes)

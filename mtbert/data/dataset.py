@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
@@ -147,6 +148,29 @@ class TaskData:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.ids)
+
+    def rows_apart(self, rows: np.ndarray) -> TaskData:
+        """These rows, each as an example of its own without a label: row j of example i has the number i * k + j.
+
+        rows: int64 [m]. k is `rows_per_example`.
+        """
+        apart = copy.copy(self)
+        count = len(self) * self.rows_per_example
+        for name in ("starts", "sizes", "heads", "skips"):
+            setattr(apart, name, getattr(self, name).reshape(count, -1)[rows])
+        specials = 3 if self.form == "cross" else 2
+        examples = (rows // self.rows_per_example).tolist()
+        apart.table = replace(
+            self.table,
+            ids=[self.table.ids[example] for example in examples],
+            texts=[self.table.texts[example] for example in examples],
+            labels=None,
+            lines=[self.table.lines[example] for example in examples],
+        )
+        apart.ids, apart.labels, apart.rows_per_example = apart.table.ids, None, 1
+        apart.lengths = apart.sizes.sum(axis=1) + specials
+        apart.n_truncated = int((apart.skips > 0).any(axis=1).sum())
+        return apart
 
     def rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The rows of one example as (ids, type ids), int32 each."""

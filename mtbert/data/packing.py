@@ -40,12 +40,20 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class Computed:
+    """What the encoder's first layers give for the tokens of a batch: `hidden` `[T, C]`, above so many `layers`."""
+
+    hidden: Tensor
+    layers: int
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """All rows of one pass, concatenated: T tokens, N rows, row n being cu_seqlens[n] : cu_seqlens[n + 1].
 
     `input_ids`, `token_type_ids`, `position_ids`, `dropout_row` are int32 [T]; `cu_seqlens` int32
     [N + 1]; `dropout_row` is row_id * 4096 + position. `max_seqlen` is the longest row, rounded up to 32,
-    64, 128, 256, 512 or a multiple of 512.
+    64, 128, 256, 512 or a multiple of 512. `below` is what the encoder's first layers need not compute any more.
     """
 
     input_ids: Tensor
@@ -55,6 +63,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     segments: tuple[Segment, ...]
+    below: Computed | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,6 +92,7 @@ class PackedBatch:
             move(self.cu_seqlens),
             self.max_seqlen,
             tuple(replace(s, labels=move(s.labels), weights=move(s.weights)) for s in self.segments),
+            None if self.below is None else replace(self.below, hidden=move(self.below.hidden)),
         )
 
     def subset(self, streams: Collection[str]) -> PackedBatch:
@@ -116,6 +126,7 @@ class PackedBatch:
             ends,
             self.max_seqlen,
             tuple(segments),
+            None if self.below is None else replace(self.below, hidden=tokens_of(self.below.hidden)),
         )
 
 
@@ -161,6 +172,25 @@ def pack(requests: Sequence[Request]) -> PackedBatch:
         max_seqlen=rounded_length(int(lengths.max(initial=1))),
         segments=tuple(segments),
     )
+
+
+def distinct_rows(data: TaskData) -> tuple[TaskData, np.ndarray]:
+    """The different rows of a table, each as an example of its own, and which of them each row is.
+
+    Rows are the same where all of their tokens and token types are. The second is int64 [n * rows_per_example].
+    """
+    part = _rows_of(data, np.arange(len(data)))
+    words = np.stack([part.ids, part.types], axis=1)
+    ends = np.cumsum(part.lengths)
+    numbers: dict[bytes, int] = {}
+    first: list[int] = []
+    which = np.empty(len(ends), dtype=np.int64)
+    for row, (begin, end) in enumerate(zip((ends - part.lengths).tolist(), ends.tolist(), strict=True)):
+        number = numbers.setdefault(words[begin:end].tobytes(), len(numbers))
+        if number == len(first):
+            first.append(row)
+        which[row] = number
+    return data.rows_apart(np.array(first, dtype=np.int64)), which
 
 
 def make_segment(request: Request, *, first_row: int = 0, first_token: int = 0, tokens: int = 0) -> Segment:

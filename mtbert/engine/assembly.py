@@ -20,6 +20,7 @@ from mtbert.engine.build import (
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
+from mtbert.engine.frozen_prefix import keep_tables
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
 from mtbert.engine.profiling import check_profile
 from mtbert.engine.sense import check_sense
@@ -61,6 +62,9 @@ def assemble(config: TrainConfig) -> Parts:
     forward = build_forward(config, model, machine)
     losses = task_losses(config, machine, data)
     train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    quality = sentence_quality(config, forward, tables, data, tokeniser)
+    again_and_again = [*train_step.data.values(), *(splits["dev"] for splits in data.values())]
+    keep_tables(forward, again_and_again if quality is None else [*again_and_again, quality.data])
     batches = task_batches(config, data)
     curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
@@ -73,7 +77,7 @@ def assemble(config: TrainConfig) -> Parts:
         max_tokens=config.max_tokens,
         seed=config.seed,
         trained_on={name: b.examples for name, b in batches.items()},
-        quality=sentence_quality(config, forward, tables, data, tokeniser),
+        quality=quality,
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)

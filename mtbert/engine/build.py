@@ -22,6 +22,7 @@ from mtbert.data.tokenisation import Tokeniser, tokenise
 from mtbert.engine.environment import environment
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
+from mtbert.engine.frozen_prefix import build_prefix_forward
 from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.precision import Precision, compute_dtype, resolve_device
 from mtbert.kernels.dispatch import serving, set_backend
@@ -208,11 +209,11 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
 
 
 def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) -> Forward:
-    """The packed pass; with a frozen encoder, the cached features of it."""
+    """The packed pass; with a frozen encoder its cached features, with frozen first layers their outputs from files."""
     packed = PackedForward(model, machine.device, machine.dtype)
-    return (
-        FrozenForward(packed, max_tokens=config.max_tokens) if config.mode == "last-linear-layer" else packed
-    )
+    if config.mode == "last-linear-layer":
+        return FrozenForward(packed, max_tokens=config.max_tokens)
+    return build_prefix_forward(config, packed, token_cache(config))
 
 
 def data_fingerprint(data: TaskSplits) -> str:

@@ -22,6 +22,12 @@ def check_effect(config: TrainConfig) -> None:
             _refuse(name, group, f"{name}.tasks is empty", f"{name}.tasks with one or more of {config.tasks}")
     if config.mode != "lora":
         _refuse("model.lora", config.model.lora, f"the mode is {config.mode}", "mode lora")
+    if config.mode not in ("full", "bitfit"):
+        why = f"the mode is {config.mode}"
+        _refuse("model", config.model, why, "mode full or bitfit", only=("trained_layers",))
+    if config.frozen_cache.use == "never":
+        off = "frozen_cache.use is never"
+        _refuse("frozen_cache", config.frozen_cache, off, "frozen_cache.use auto", only=("most_gib",))
     pretraining = config.pretraining
     if not pretraining.mlm_epochs:
         off = "pretraining.mlm_epochs is 0"

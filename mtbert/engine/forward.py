@@ -84,7 +84,7 @@ class PackedForward:
 
     def prepare(self, requests: Sequence[Request]) -> PassInput:
         """Pack."""
-        batch = pack(requests)
+        batch = self.pack(requests)
         return PassInput(tuple(requests), batch.pinned() if self.device.type == "cuda" else batch)
 
     def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
@@ -104,6 +104,10 @@ class PackedForward:
             rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
         return ForwardResult(batch.segments, rows, outputs, batch.tokens, batch)
 
+    def pack(self, requests: Sequence[Request]) -> PackedBatch:
+        """What the encoder reads, on the host."""
+        return pack(requests)
+
 
 def run_model(
     model: MultiTaskModel,
@@ -113,9 +117,18 @@ def run_model(
     segments: SegmentsOf | None = None,
     noise: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Pooled rows and outputs of every stream of `batch`."""
+    """Pooled rows and outputs of every stream of `batch`.
+
+    What the batch holds of the encoder's first layers serves where it is of `dtype` and there is no noise beneath it.
+    """
+    serves = noise is None and batch.below is not None and batch.below.hidden.dtype == dtype
     rows = model.features(
-        batch, dtype=dtype, dropout=dropout, segments=segments(batch) if segments else None, noise=noise
+        batch,
+        dtype=dtype,
+        dropout=dropout,
+        segments=segments(batch) if segments else None,
+        noise=noise,
+        below=batch.below if serves else None,
     )
     return rows, model.outputs_from_features(
         rows, dropout_rows=model.dropout_rows(batch) if dropout else None, dropout=dropout

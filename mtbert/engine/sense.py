@@ -29,6 +29,7 @@ def check_sense(config: TrainConfig, model: MultiTaskModel, curriculum: Curricul
     _check_profile(config, curriculum)
     _check_views(config)
     _check_perturbation(config, model)
+    _check_frozen_dropout(config, model)
     _check_dynamic(config)
     _check_warmup(config, curriculum)
 
@@ -135,6 +136,24 @@ def _check_perturbation(config: TrainConfig, model: MultiTaskModel) -> None:
             f"smart.{field}: found 0, and {masks}: the passes of {task} would not differ and its regulariser be"
             f" exactly 0; possible: above 0, or {'dropout above 0' if fresh else 'smart.masks fresh with dropout'}"
         )
+
+
+def _check_frozen_dropout(config: TrainConfig, model: MultiTaskModel) -> None:
+    """Something must be frozen, and would drop."""
+    if config.model.frozen_dropout:
+        return
+    if config.mode == "last-linear-layer":
+        why, possible = "a wholly frozen encoder never drops", "mode full with model.trained_layers"
+    elif not model.encoder.lowest_trained_layer:
+        why = f"mode {config.mode} trains in the first layer or below it"
+        possible = "model.trained_layers below the number of layers, or model.lora.layers in mode lora"
+    elif not has_encoder_dropout(model):
+        why, possible = "model.dropout is 0 everywhere", "dropout above 0"
+    else:
+        return
+    raise ConfigError(
+        f"model.frozen_dropout: false would have no effect, because {why}; possible: {possible}, or true"
+    )
 
 
 def _check_dynamic(config: TrainConfig) -> None:

@@ -94,6 +94,7 @@ def _header(run: Run) -> str:
         ("device", info.get("device")),
         ("threads", info.get("threads")),
         ("parameters", _parameters(info.get("parameters"))),
+        ("frozen layers", run.frozen_layers),
         (
             "versions",
             ", ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items()),

@@ -65,6 +65,12 @@ class Run:
         """Whether the encoder was frozen and read every table once, so that training read its features."""
         return self.info.get("mode") == "last-linear-layer"
 
+    @property
+    def frozen_layers(self) -> str | None:
+        """What was frozen below the lowest trained layer, whether it dropped, and how often it was computed."""
+        facts = self.info.get("frozen_layers")
+        return frozen_layers_text(facts) if isinstance(facts, dict) and not self.features_cached else None
+
     def config(self) -> dict[str, Any]:
         """config.yaml as nested dictionaries."""
         try:
@@ -127,6 +133,16 @@ def _not_a_run(folder: Path) -> str:
         example = f"give one of them, such as {begun[0]}" if begun else "none of them has begun"
         return f"{folder}: holds the runs of {seeds} seeds, each in a folder of its own: {example}"
     return f"{folder}: is not a run's folder: run.json is missing"
+
+
+def frozen_layers_text(facts: Mapping[str, Any]) -> str | None:
+    """What run.json says of `frozen_layers`, in words; None where there are none."""
+    if not facts.get("layers"):
+        return None
+    text = f"the embeddings and the first {facts['layers']}"
+    if facts.get("cached"):
+        return f"{text}, without dropout; their outputs are computed once and read from files"
+    return f"{text}, {'with' if facts.get('drop') else 'without'} dropout"
 
 
 def check_tasks(run: Run, tasks: Mapping[str, Task]) -> None:

@@ -72,7 +72,8 @@ class Pass(Protocol):
         """One more forward pass over `sub_batch(streams)`.
 
         noise: `[T, C]`, added to the embeddings' output. trained: whether parameters get a gradient from it. model: a
-        teacher instead of the trained model. dtype: what the encoder computes in, by default as in the pass itself.
+        teacher instead of the trained model, which shares all that is never trained. dtype: what the encoder computes
+        in, by default as in the pass itself.
         """
 
 

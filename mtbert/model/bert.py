@@ -8,7 +8,7 @@ Everything but attention works on tokens; attention is told where rows begin and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtbert import kernels
 from mtbert.kernels.segments import Segments
-from mtbert.model.context import ForwardContext, PackedTokens
+from mtbert.model.context import ForwardContext, LayersBelow, PackedTokens
 from mtbert.model.dropout import EMBEDDING, DropoutRates, DropoutStream, Place, layer_site
 from mtbert.model.extra_hidden import ExtraHidden
 from mtbert.model.lora import LoraAdapter, LoraConfig
@@ -184,6 +184,8 @@ class BertEncoder(nn.Module):
         layers = nn.ModuleList(BertLayer(config, number) for number in range(config.num_hidden_layers))
         self.layers = cast(Sequence[BertLayer], layers)
         self.pals: Pals | None = None
+        self.undropped_layers = 0
+        """The first so many layers drop nothing; where they are any, neither do the embeddings."""
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_is_pretrained = False
         self.register_state_dict_pre_hook(_refuse_merged)
@@ -198,19 +200,28 @@ class BertEncoder(nn.Module):
         dropout: DropoutStream | None = None,
         segments: Segments | None = None,
         noise: Tensor | None = None,
+        below: LayersBelow | None = None,
+        layers: int | None = None,
     ) -> Tensor:
         """Last hidden states [T, C] in `dtype`. Without a dropout stream nothing is dropped.
 
         segments: the groups of tokens whose gradients are wanted apart. noise: [T, C], added to the embeddings' output.
-        Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
+        below: what the first layers give; they are not computed then. layers: compute the first so many, by default
+        all. Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
         """
         context = ForwardContext(batch, dtype, dropout, segments)
-        hidden = self.embeddings(context, self.dropouts.embedding)
+        undropped = replace(context, dropout=None) if self.undropped_layers else context
+        if below is None:
+            hidden = self.embeddings(undropped, self.dropouts.embedding)
+        else:
+            hidden = _checked(below, batch, dtype, noise)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
-        for layer in self.layers:
-            beside = self.pals(hidden, layer.number, context) if self.pals is not None else None
-            hidden = layer(hidden, context, self.dropouts, beside)
+        first = 0 if below is None else below.layers
+        for number in range(first, len(self.layers) if layers is None else layers):
+            inside = undropped if number < self.undropped_layers else context
+            beside = self.pals(hidden, number, inside) if self.pals is not None else None
+            hidden = self.layers[number](hidden, inside, self.dropouts, beside)
         return hidden
 
     def pool_first(self, hidden: Tensor, segments: Segments | None = None) -> Tensor:
@@ -219,6 +230,16 @@ class BertEncoder(nn.Module):
         segments: as in `forward`, with bounds in rows.
         """
         return torch.tanh(kernels.linear(hidden, self.pooler.weight, self.pooler.bias, segments=segments))
+
+    @property
+    def lowest_trained_layer(self) -> int:
+        """Number of the lowest layer that the backward pass reaches: 0 where the embeddings are trained."""
+        if any(p.requires_grad for p in self.embeddings.parameters()):
+            return 0
+        trained = [layer.number for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
+        if self.pals is not None and any(p.requires_grad for p in self.pals.parameters()):
+            trained += self.pals.numbers
+        return min(trained, default=len(self.layers))
 
     @property
     def has_lora(self) -> bool:
@@ -257,6 +278,19 @@ def initialise(parameter: Tensor, is_gain: bool, deviation: float, generator: to
         parameter.normal_(0.0, deviation, generator=generator)
     else:
         parameter.zero_()
+
+
+def _checked(below: LayersBelow, batch: PackedTokens, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
+    """The hidden states that the first layers gave. Raises ValueError for those of another batch or dtype."""
+    hidden = below.hidden
+    if hidden.dtype != dtype or hidden.shape[0] != batch.input_ids.shape[0]:
+        raise ValueError(
+            f"the first layers gave {hidden.dtype} for {hidden.shape[0]} tokens, expected {dtype} for"
+            f" {batch.input_ids.shape[0]}"
+        )
+    if noise is not None:
+        raise ValueError("noise is added to the embeddings: the layers above them must be computed")
+    return hidden
 
 
 def _refuse_merged(module: nn.Module, *_: object) -> None:

@@ -33,6 +33,12 @@ class ModelConfig:
     """Attention heads over the same weights, a divisor of the encoder's width; by default as pretrained."""
     pool_layer: int | None = None
     """The layer, from 1, whose output the heads read; by default the last. Those above are left out of the model."""
+    trained_layers: int | None = None
+    """Modes full and bitfit: train so many encoder layers from the top (4: the last four) and leave the layers below
+    them and the embeddings as pretrained; by default all train. Mode lora has model.lora.layers instead."""
+    frozen_dropout: bool = True
+    """Whether frozen layers below the lowest trained one, and the embeddings, drop as the others do. With false their
+    outputs are constants, which frozen_cache computes once; it is another regularisation, with other results."""
     extra_hidden: ExtraHiddenConfig = field(default_factory=ExtraHiddenConfig)
     """Hidden layers behind every attention head."""
     pals: PalConfig = field(default_factory=PalConfig)
@@ -72,7 +78,9 @@ def build_model(
         add_pals(encoder, config.pals, tasks, generator)
     if mode == "lora":
         add_lora(encoder, config.lora, generator, tasks=tasks)
-    model = MultiTaskModel(encoder, built)
+    model = MultiTaskModel(
+        encoder, built, trained_layers=config.trained_layers, frozen_dropout=config.frozen_dropout
+    )
     model.set_mode(mode)
     return model
 
@@ -91,6 +99,13 @@ def sizes_of(pretrained: BertConfig, config: ModelConfig) -> BertConfig:
     if not 1 <= last <= layers:
         raise ConfigError(
             f"model.pool_layer: expected 1 to {layers}, the layers of {config.pretrained}, found {last}"
+        )
+    trained = config.trained_layers
+    if trained is not None and not 1 <= trained <= last:
+        raise ConfigError(
+            f"model.trained_layers: expected 1 to {last}, the layers of {config.pretrained}"
+            f"{'' if config.pool_layer is None else ' up to model.pool_layer'}, found {trained}; mode"
+            " last-linear-layer trains none"
         )
     return replace(pretrained, num_attention_heads=heads, num_hidden_layers=last)
 

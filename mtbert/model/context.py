@@ -71,6 +71,18 @@ class TaskBatch(PackedTokens, Protocol):
         """One a stream, in the order of their rows; together they hold every token."""
 
 
+class LayersBelow(Protocol):
+    """What the encoder's first layers give for the tokens of a batch, where that was computed before."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """[T, C], in the dtype that the encoder computes in."""
+
+    @property
+    def layers(self) -> int:
+        """How many layers that is, above the embeddings."""
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """What every layer needs to know of one pass through the encoder."""

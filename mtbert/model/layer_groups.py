@@ -1,7 +1,8 @@
-"""Names for groups of the encoder's layers."""
+"""Names for groups of the encoder's layers, and the layer that a parameter belongs to."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from mtbert.errors import ConfigError
@@ -31,3 +32,12 @@ def layer_numbers(field: str, layers: str | list[int], count: int) -> list[int]:
     if not layers or len(set(layers)) != len(layers):
         raise ConfigError(f"{field}: expected different layers, at least one, found {layers}")
     return sorted(layers)
+
+
+def layer_of(name: str) -> int | None:
+    """The encoder layer of a parameter of the model, by its name: 1 to L, 0 for the embeddings, None for what is in no
+    layer."""
+    if name.startswith("encoder.embeddings."):
+        return 0
+    match = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return int(match[1]) + 1 if match else None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mtbert.errors import ConfigError
 from mtbert.kernels.segments import Segments
 from mtbert.model.bert import BertEncoder
-from mtbert.model.context import TaskBatch, TaskSegment
+from mtbert.model.context import LayersBelow, TaskBatch, TaskSegment
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.heads import Head, HeadConfig, HeadSpec
+from mtbert.model.layer_groups import layer_of
 from mtbert.model.pooling import POOLINGS, Pooling, first_tokens, part, pool
 
 __all__ = [
@@ -62,8 +63,21 @@ def build_heads(
 class MultiTaskModel(nn.Module):
     """The encoder and the heads; starts in mode `lora` when the encoder has adapters, else in mode `full`."""
 
-    def __init__(self, encoder: BertEncoder, heads: Mapping[str, Head]) -> None:
+    def __init__(
+        self,
+        encoder: BertEncoder,
+        heads: Mapping[str, Head],
+        *,
+        trained_layers: int | None = None,
+        frozen_dropout: bool = True,
+    ) -> None:
+        """trained_layers: modes full and bitfit train so many layers from the top and leave what is below them.
+
+        frozen_dropout: whether frozen layers below all trained ones drop as others do; so for the embeddings there.
+        """
         super().__init__()
+        self.trained_layers = trained_layers
+        self.frozen_dropout = frozen_dropout
         self.encoder = encoder
         self.heads: nn.ModuleDict = nn.ModuleDict(heads)
         self.uncertainty: nn.Module | None = None
@@ -119,17 +133,20 @@ class MultiTaskModel(nn.Module):
         dropout: DropoutStream | None = None,
         segments: Segments | None = None,
         noise: Tensor | None = None,
+        below: LayersBelow | None = None,
     ) -> dict[str, Tensor]:
         """Pooled rows [rows, C] of every stream in `batch`, float32 (float64 where dtype is).
 
         dtype: what the encoder computes in. Without a dropout stream nothing is dropped; in mode `last-linear-layer`
         the frozen encoder drops nothing anyway, so that its features can be computed once. segments: groups of tokens
         (each of whole segments of the batch) whose gradients are wanted apart. noise: [T, C], added to the
-        embeddings' output.
+        embeddings' output. below: what the encoder's first layers give, where that is known.
         """
         if self.mode == "last-linear-layer":
             dropout = None
-        hidden = self.encoder(batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise)
+        hidden = self.encoder(
+            batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise, below=below
+        )
         pooled: dict[str, Tensor] = {}
         poolings = self.poolings | self.probe_poolings
         for pooling in POOLINGS:
@@ -175,7 +192,8 @@ class MultiTaskModel(nn.Module):
         """Choose what is trained; everything else is frozen.
 
         full: all that gets a gradient (the pooler only when something pools through it); last-linear-layer: the heads;
-        lora: the adapters and the heads; bitfit: the heads and the biases of the encoder (Ben Zaken et al. 2022). Extra
+        lora: the adapters and the heads; bitfit: the heads and the biases of the encoder (Ben Zaken et al. 2022). With
+        `trained_layers`, full and bitfit leave the layers below those, and the embeddings, as they are. Extra
         hidden layers and projected attention layers train with every mode but last-linear-layer. The course's names in
         MODE_ALIASES are accepted.
         """
@@ -190,6 +208,7 @@ class MultiTaskModel(nn.Module):
             raise ConfigError(f"mode: {chosen} leaves nothing to train: the heads have no parameters")
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trained[name])
+        self.encoder.undropped_layers = 0 if self.frozen_dropout else self.encoder.lowest_trained_layer
         self.mode = chosen  # type: ignore[assignment]
 
     def _is_trained(self, name: str, mode: str) -> bool:
@@ -199,6 +218,10 @@ class MultiTaskModel(nn.Module):
         if place in _ADDED:
             return True
         if place == "pooler" and not self._pooler_tasks():
+            return False
+        layer = layer_of(name)
+        kept = 0 if self.trained_layers is None else len(self.encoder.layers) - self.trained_layers + 1
+        if layer is not None and layer < kept:
             return False
         return mode == "full" or (mode == "bitfit" and name.endswith("bias"))
 

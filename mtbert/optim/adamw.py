@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from mtbert.errors import ConfigError
+from mtbert.model.layer_groups import layer_of
 
 
 @dataclass
@@ -91,14 +91,6 @@ def peak_rates(names: Iterable[str], config: OptimizerConfig) -> dict[str, float
         if _is_lora_b(name):
             rates[name] *= config.lora_plus_ratio
     return rates
-
-
-def layer_of(name: str) -> int | None:
-    """The encoder layer of a parameter: 1 to L, 0 for the embeddings, None for what is in no layer."""
-    if name.startswith("encoder.embeddings."):
-        return 0
-    match = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return int(match[1]) + 1 if match else None
 
 
 def _is_lora_b(name: str) -> bool:

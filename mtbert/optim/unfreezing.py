@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from mtbert.errors import ConfigError
+from mtbert.model.layer_groups import layer_of
 from mtbert.model.multitask import MultiTaskModel
-from mtbert.optim.adamw import layer_of
 
 
 @dataclass
@@ -61,12 +61,16 @@ class Unfreezing:
         if config.heads_first and all(name.startswith("encoder.") for name, _ in trained):
             raise ConfigError("unfreezing.heads_first: the heads have no parameters to train; possible: 0")
         top = len(model.encoder.layers)
-        last = config.heads_first + top * config.epochs_per_layer
+        trained_layers = {layer for name, _ in trained if (layer := layer_of(name)) is not None}
+        lowest = min(trained_layers, default=top)
+        below = top - lowest
+        last = config.heads_first + below * config.epochs_per_layer
         if config.gradual and last >= epochs:
+            part = f"layer {lowest}" if lowest else "the embeddings"
             raise ConfigError(
-                f"unfreezing.epochs_per_layer: with {config.epochs_per_layer:g} the embeddings, below {top} layers,"
+                f"unfreezing.epochs_per_layer: with {config.epochs_per_layer:g} {part}, below {below} layers,"
                 f" would begin to train after {last:g} epochs, but training has {epochs:g}; possible: below"
-                f" {(epochs - config.heads_first) / top:.4g}, or epochs above {last:g}"
+                f" {(epochs - config.heads_first) / below:.4g}, or epochs above {last:g}"
             )
         self._start: list[tuple[nn.Parameter, float]] = []
         for name, parameter in trained:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtbert.data.dataset import TaskData
-from mtbert.data.packing import MAX_ROWS, Request, pack, plan_passes, rounded_length
+from mtbert.data.packing import MAX_ROWS, Request, distinct_rows, pack, plan_passes, rounded_length
 from mtbert.errors import DataError
 
 FORMS = ("single", "pair-rows", "cross")
@@ -212,3 +212,17 @@ def test_packing_is_fast(make_tokenised) -> None:
             pack(requests)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 3e-3
+
+
+@given(st.data())
+def test_distinct_rows_are_the_rows_of_the_table(make_tokenised, data: st.DataObject) -> None:
+    for examples in data.draw(tasks(make_tokenised)).values():
+        apart, which = distinct_rows(examples)
+        whole = pack([Request(examples, np.arange(len(examples)), 0, 1.0)])
+        again = pack([Request(apart, which, 0, 1.0)])
+        for name in ("input_ids", "token_type_ids", "position_ids", "dropout_row", "cu_seqlens"):
+            assert torch.equal(getattr(whole, name), getattr(again, name)), name
+        each = [(ids.tobytes(), types.tobytes()) for i in range(len(apart)) for ids, types in apart.rows(i)]
+        assert len(set(each)) == len(each)
+        assert apart.lengths.tolist() == [len(ids) // 4 for ids, _ in each]
+        assert examples.labels is None or len(examples.labels) == len(examples)  # the table is as it was

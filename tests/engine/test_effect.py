@@ -11,6 +11,7 @@ from mtbert.config import TrainConfig
 from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.frozen_prefix import FrozenCacheConfig
 from mtbert.engine.pretraining import PretrainingConfig
 from mtbert.engine.profiling import ProfilingConfig
 from mtbert.errors import ConfigError
@@ -38,6 +39,14 @@ LORA = replace(TrainConfig().model, lora=LoraConfig(rank=4))
         ),
         ({"smart": SmartConfig(divergence={"sst": "kl"})}, "smart.divergence"),
         ({"model": LORA}, "model.lora.rank: 4 would have no effect, because the mode is full.*rank 8"),
+        (
+            {"mode": "lora", "model": ModelConfig(trained_layers=2)},
+            "model.trained_layers: 2 would have no effect, because the mode is lora; possible: mode full or bitfit",
+        ),
+        (
+            {"frozen_cache": FrozenCacheConfig("never", most_gib=2.0)},
+            "frozen_cache.most_gib: 2.0 would have no effect, because frozen_cache.use is never",
+        ),
         ({"pretraining": PretrainingConfig(mlm_lr=1e-4)}, "pretraining.mlm_lr.*mlm_epochs is 0"),
         ({"pretraining": PretrainingConfig(mlm_epochs=1, task_epochs=2)}, "pretraining.task_epochs"),
         ({"unfreezing": UnfreezingConfig(epochs_per_layer=2)}, "unfreezing.epochs_per_layer.*gradual"),

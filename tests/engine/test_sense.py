@@ -58,6 +58,22 @@ def build(tiny_bert: Path, tmp_path: Path) -> Build:
             ["smart: {tasks: [sst], epsilon: 0, step_size: 0, masks: same}"],
             "smart.epsilon: found 0, and smart.masks is same",
         ),
+        (
+            ["model: {frozen_dropout: false}"],
+            "model.frozen_dropout: false would have no effect, because mode full trains in the first layer or below it;"
+            " possible: model.trained_layers below",
+        ),
+        (
+            ["mode: last-linear-layer", "model: {frozen_dropout: false}"],
+            "model.frozen_dropout: * a wholly frozen encoder never drops",
+        ),
+        (
+            [
+                "model: {frozen_dropout: false, trained_layers: 1, dropout: {embedding: 0, attention: 0, hidden: 0}}",
+            ],
+            "model.frozen_dropout: * model.dropout is 0 everywhere",
+        ),
+        (["model: {trained_layers: 3}"], "model.trained_layers: expected 1 to 2, the layers of * found 3"),
         # Its head has no layer whose input could be dropped.
         (["smart: {tasks: [sst, sts], noise_std: 0}", DRY, COSINE], "smart.noise_std: * the passes of sts"),
         (

@@ -20,6 +20,7 @@ from mtbert.engine.build import (
     tasks_of,
 )
 from mtbert.engine.forward import Forward
+from mtbert.engine.frozen_prefix import keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.step import TrainStep
 from mtbert.losses.task_losses import TaskLoss
@@ -77,4 +78,5 @@ def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: i
     losses = task_losses(config, machine, data)
     forward = build_forward(config, model, machine)
     step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    keep_tables(forward, [*step.data.values(), *(splits["dev"] for splits in data.values())])
     return Assembly(config, model, data, losses, forward, step, task_batches(config, data))
