@@ -121,7 +121,8 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             attention_heads=config.model.attention_heads,
             pool_layer=config.model.pool_layer,
         )
-        kept = ("data", "seed", "precision", "max_tokens", "device", "threads", "kernels", "cache", "plugins")
+        machine = ("precision", "max_tokens", "checkpointing", "device", "threads", "kernels")
+        kept = ("data", "seed", "cache", "plugins", *machine)
         own = type(config)(
             **{field: getattr(config, field) for field in kept},
             model=model,

@@ -18,6 +18,7 @@ def check_sense(config: TrainConfig, model: MultiTaskModel, curriculum: Curricul
     _check_surgery(config, model, curriculum)
     _check_losses(config)
     _check_untrained_heads(config, model)
+    _check_checkpointing(config, model)
     if (
         config.simcse.tasks
         and not config.simcse.supervised
@@ -62,6 +63,17 @@ def _check_losses(config: TrainConfig) -> None:
         raise ConfigError(
             "loss.weight: the weights of all tasks are 0 and no objective learns from labels or contrasts: there is"
             " nothing to train"
+        )
+
+
+def _check_checkpointing(config: TrainConfig, model: MultiTaskModel) -> None:
+    """A layer that the backward pass never reaches keeps nothing that could be computed again."""
+    again = config.checkpointing.layer_numbers(len(model.encoder.layers))
+    lowest = model.encoder.lowest_trained_layer
+    if again and again[-1] < lowest and not config.smart.tasks:  # SMART's passes reach the embeddings
+        raise ConfigError(
+            f"checkpointing.mode: {config.checkpointing.mode} would have no effect: layers {again} would be"
+            f" computed again, but nothing below layer {lowest} is trained; possible: none"
         )
 
 
