@@ -31,6 +31,8 @@ def write_page(path: Path) -> Path | None:
                 tokens, mebibytes, color=SEQUENCE[place], marker=MARKERS[place], markersize=4, label=side
             )
         tidy(panel, name, "useful tokens a step", "activation memory (MiB)")
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
         legend(panel)
     image = save(figure, path.with_name(f"{path.stem}-memory.png"))
     page = path.with_name(f"{path.stem}-memory.md")

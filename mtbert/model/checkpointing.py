@@ -142,7 +142,7 @@ class Recipes:
             return tensor
         recipe = made[2]
         recipe.readers += 1
-        return _View(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 class _Recipe:
