@@ -39,8 +39,8 @@ class CheckpointingConfig:
     """Gradient checkpointing: less memory for activations, the same gradients bit for bit, more time."""
 
     mode: CheckpointingMode = "none"
-    """What is computed again in the backward pass instead of kept. none: nothing; layers: whole encoder layers from
-    their inputs, a third more time; selective: LayerNorm and GELU, from the matrix products, which are kept."""
+    """What is computed again in the backward pass instead of kept. none: nothing; layers: whole encoder layers, from
+    their inputs; selective: LayerNorm and GELU, from the matrix products (spares less memory, takes less time)."""
     every: int = 1
     """Of the encoder layers below the last, every k-th: 1 all, 2 the first, third, fifth ..."""
 
