@@ -27,6 +27,7 @@ from mtbert.losses.simcse import SimCseConfig
 from mtbert.losses.smart import SmartConfig
 from mtbert.losses.triplet import TripletConfig
 from mtbert.model.build import ModelConfig
+from mtbert.model.checkpointing import CheckpointingConfig
 from mtbert.model.multitask import MODE_ALIASES
 from mtbert.optim.adamw import OptimizerConfig
 from mtbert.optim.mixout import MixoutConfig
@@ -80,6 +81,8 @@ class TrainConfig:
     """Python files or modules that register tasks, imported at start-up."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoder, its dropout and its adapters."""
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    """Gradient checkpointing: memory for time."""
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -22,6 +22,15 @@ def check_effect(config: TrainConfig) -> None:
             _refuse(name, group, f"{name}.tasks is empty", f"{name}.tasks with one or more of {config.tasks}")
     if config.mode != "lora":
         _refuse("model.lora", config.model.lora, f"the mode is {config.mode}", "mode lora")
+    checkpointing = config.checkpointing
+    if checkpointing.mode == "none":
+        off = "checkpointing.mode is none"
+        _refuse(
+            "checkpointing", checkpointing, off, "checkpointing.mode layers or selective", only=("every",)
+        )
+    if config.mode == "last-linear-layer":
+        off = "mode last-linear-layer has no backward pass through the encoder"
+        _refuse("checkpointing", checkpointing, off, "mode full, lora or bitfit", only=("mode",))
     pretraining = config.pretraining
     if not pretraining.mlm_epochs:
         off = "pretraining.mlm_epochs is 0"

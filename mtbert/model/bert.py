@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from mtbert import kernels
 from mtbert.kernels.segments import Segments
+from mtbert.model.checkpointing import CheckpointingConfig, Recipes, recomputed
 from mtbert.model.context import ForwardContext, PackedTokens
 from mtbert.model.dropout import EMBEDDING, DropoutRates, DropoutStream, Place, layer_site
 from mtbert.model.extra_hidden import ExtraHidden
+from mtbert.model.first_tokens import first_token_context
 from mtbert.model.lora import LoraAdapter, LoraConfig
 from mtbert.model.pals import Pals
 from mtbert.model.projections import Projection, QueryKeyValue
@@ -90,26 +93,53 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden: Tensor, context: ForwardContext, rates: DropoutRates, beside: Tensor | None = None
+        self,
+        hidden: Tensor,
+        context: ForwardContext,
+        rates: DropoutRates,
+        beside: Tensor | None = None,
+        *,
+        first_only: bool = False,
     ) -> Tensor:
-        """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum."""
-        batch, segments = context.batch, context.segments
+        """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum.
+
+        first_only: compute the first token of each row alone, [T, C] -> [N, C]; the batch must be a `TaskBatch`.
+        """
 
         def site(place: Place) -> int:
             return layer_site(self.number, place)
 
-        qkv = self.query_key_value(hidden, context, site(Place.LORA_QKV))
-        attended = kernels.attention(
-            qkv.view(-1, 3, self.heads, self.head_size),
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            scale=self.head_size**-0.5,
-            dropout_row=batch.dropout_row,
-            dropout=context.mask(rates.attention, site(Place.ATTENTION)),
-        )
+        if first_only:
+            whole, (context, first) = context, first_token_context(context)
+            everywhere, hidden = hidden, hidden.index_select(0, first.places)
+            beside = None if beside is None else beside.index_select(0, first.places)
+            query, key_value = self.query_key_value.apart(
+                everywhere, hidden, whole, context, site(Place.LORA_QKV)
+            )
+            attended = kernels.first_token_attention(
+                query.view(-1, self.heads, self.head_size),
+                key_value.view(-1, 2, self.heads, self.head_size),
+                whole.batch.cu_seqlens,
+                whole.batch.max_seqlen,
+                scale=self.head_size**-0.5,
+                dropout_row=first.dropout_row,
+                dropout=context.mask(rates.attention, site(Place.ATTENTION)),
+            )
+        else:
+            qkv = self.query_key_value(hidden, context, site(Place.LORA_QKV))
+            attended = kernels.attention(
+                qkv.view(-1, 3, self.heads, self.head_size),
+                context.batch.cu_seqlens,
+                context.batch.max_seqlen,
+                scale=self.head_size**-0.5,
+                dropout_row=context.batch.dropout_row,
+                dropout=context.mask(rates.attention, site(Place.ATTENTION)),
+            )
+        batch, segments = context.batch, context.segments
         if self.extra_hidden is not None:
             attended = self.extra_hidden(attended, context)
-        hidden = kernels.add_layer_norm(
+        hidden = context.cheap(
+            kernels.add_layer_norm,
             self.attention_output(attended.flatten(1), context, site(Place.LORA_ATTENTION_OUTPUT)),
             hidden,
             self.attention_norm.weight,
@@ -121,7 +151,7 @@ class BertLayer(nn.Module):
             segments=segments,
         )
         inner = self.intermediate(hidden, context, site(Place.LORA_INTERMEDIATE))
-        inner = kernels.bias_gelu(inner, self.intermediate.bias, segments=segments)
+        inner = context.cheap(kernels.bias_gelu, inner, self.intermediate.bias, segments=segments)
         return kernels.add_layer_norm(
             self.output(inner, context, site(Place.LORA_OUTPUT)),
             hidden if beside is None else hidden + beside,
@@ -184,6 +214,8 @@ class BertEncoder(nn.Module):
         layers = nn.ModuleList(BertLayer(config, number) for number in range(config.num_hidden_layers))
         self.layers = cast(Sequence[BertLayer], layers)
         self.pals: Pals | None = None
+        self.checkpointing = CheckpointingConfig()
+        """What the backward pass computes again instead of the forward pass keeping it."""
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_is_pretrained = False
         self.register_state_dict_pre_hook(_refuse_merged)
@@ -198,20 +230,47 @@ class BertEncoder(nn.Module):
         dropout: DropoutStream | None = None,
         segments: Segments | None = None,
         noise: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
         """Last hidden states [T, C] in `dtype`. Without a dropout stream nothing is dropped.
 
         segments: the groups of tokens whose gradients are wanted apart. noise: [T, C], added to the embeddings' output.
-        Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
+        first_only: those of each row's first token alone, [N, C], at which alone the last layer is then computed.
+        Adapters and layers of one task's own apply to its tokens; then, and with first_only, the batch must be a
+        `TaskBatch`.
         """
-        context = ForwardContext(batch, dtype, dropout, segments)
+        again: Sequence[int] = ()
+        recipes: Recipes | None = None
+        if torch.is_grad_enabled():
+            again = self.checkpointing.layer_numbers(len(self.layers))
+            recipes = Recipes() if self.checkpointing.mode == "selective" else None
+        context = ForwardContext(batch, dtype, dropout, segments, recipes)
         hidden = self.embeddings(context, self.dropouts.embedding)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
-        for layer in self.layers:
-            beside = self.pals(hidden, layer.number, context) if self.pals is not None else None
-            hidden = layer(hidden, context, self.dropouts, beside)
+        last = len(self.layers) - 1
+        for number in range(len(self.layers)):
+            run = partial(self._run_layer, number, context, first_only=first_only and number == last)
+            if number not in again:
+                hidden = run(hidden)
+            elif recipes is not None:
+                with recipes.layer():
+                    hidden = run(hidden)
+            else:
+                hidden = recomputed(run, hidden, self._layer_parameters(number))
         return hidden
+
+    def _run_layer(
+        self, number: int, context: ForwardContext, hidden: Tensor, *, first_only: bool = False
+    ) -> Tensor:
+        """One layer and what stands beside it, [T, C] -> [T, C], or [N, C] with first_only."""
+        beside = self.pals(hidden, number, context) if self.pals is not None else None
+        return self.layers[number](hidden, context, self.dropouts, beside, first_only=first_only)
+
+    def _layer_parameters(self, number: int) -> list[nn.Parameter]:
+        """All parameters that `_run_layer` uses."""
+        beside = [] if self.pals is None else list(self.pals.parameters())
+        return [*self.layers[number].parameters(), *beside]
 
     def pool_first(self, hidden: Tensor, segments: Segments | None = None) -> Tensor:
         """BERT's pooler on the hidden states of first tokens: tanh(linear), [N, C] -> [N, C].
@@ -219,6 +278,21 @@ class BertEncoder(nn.Module):
         segments: as in `forward`, with bounds in rows.
         """
         return torch.tanh(kernels.linear(hidden, self.pooler.weight, self.pooler.bias, segments=segments))
+
+    def set_checkpointing(self, config: CheckpointingConfig) -> None:
+        """Compute again in the backward pass what `config` says. Raises ConfigError where there are too few layers."""
+        config.layer_numbers(len(self.layers))
+        self.checkpointing = config
+
+    @property
+    def lowest_trained_layer(self) -> int:
+        """Number of the lowest layer that the backward pass reaches: 0 where the embeddings are trained."""
+        if any(p.requires_grad for p in self.embeddings.parameters()):
+            return 0
+        trained = [layer.number for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
+        if self.pals is not None and any(p.requires_grad for p in self.pals.parameters()):
+            trained += self.pals.numbers
+        return min(trained, default=len(self.layers))
 
     @property
     def has_lora(self) -> bool:

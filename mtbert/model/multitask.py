@@ -14,8 +14,9 @@ from mtbert.kernels.segments import Segments
 from mtbert.model.bert import BertEncoder
 from mtbert.model.context import TaskBatch, TaskSegment
 from mtbert.model.dropout import DropoutStream
+from mtbert.model.first_tokens import FirstTokens, first_tokens, segments_in_rows
 from mtbert.model.heads import Head, HeadConfig, HeadSpec
-from mtbert.model.pooling import POOLINGS, Pooling, first_tokens, part, pool
+from mtbert.model.pooling import FIRST_TOKEN_POOLINGS, POOLINGS, Pooling, part, pool
 
 __all__ = [
     "MODES",
@@ -129,7 +130,13 @@ class MultiTaskModel(nn.Module):
         """
         if self.mode == "last-linear-layer":
             dropout = None
-        hidden = self.encoder(batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise)
+        first_only = self.reads_first_tokens_alone(batch)
+        hidden = self.encoder(
+            batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise, first_only=first_only
+        )
+        if first_only:
+            segments = None if segments is None else segments_in_rows(segments, batch.segments)
+            batch = FirstTokens(batch)
         pooled: dict[str, Tensor] = {}
         poolings = self.poolings | self.probe_poolings
         for pooling in POOLINGS:
@@ -142,6 +149,10 @@ class MultiTaskModel(nn.Module):
         if len(pooled) != len(batch.segments):
             raise ValueError(f"a stream has two segments in one batch: {[s.stream for s in batch.segments]}")
         return pooled
+
+    def reads_first_tokens_alone(self, batch: TaskBatch) -> bool:
+        """Whether every row of `batch` is pooled by its first token: the last layer then computes nothing else."""
+        return all(self.poolings[segment.stream] in FIRST_TOKEN_POOLINGS for segment in batch.segments)
 
     def outputs_from_features(
         self,
