@@ -8,12 +8,11 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
+from support import emulation
+from support.emulation import FLAGS, ROOT, WARNINGS, EmulationError, Replacement, compiler
 from torch import Tensor
 
 from mtbert.kernels import Dropout, reference
-
-from . import emulation
-from .emulation import FLAGS, ROOT, WARNINGS, EmulationError, Replacement, compiler
 
 FOLDER = "tests/emulation/sm90"
 
