@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -18,6 +19,7 @@ from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype
 from mtbert.engine.step import StepResult, TrainStep
 from mtbert.model.lora import LoraConfig
+from mtbert.model.pooling import Pooling
 from mtbert.optim.surgery import SurgeryConfig
 from mtbert.tasks.config import TaskConfig
 
@@ -31,8 +33,12 @@ def build_step(
     lora: LoraConfig | None = None,
     dropout: float = 0.1,
     surgery: SurgeryConfig | None = None,
+    mean: Collection[str] = (),
 ) -> TrainStep:
-    """A training step of `mode` over the workload's data, one pass of the encoder a step."""
+    """A training step of `mode` over the workload's data, one pass of the encoder a step.
+
+    mean: the tasks whose head pools by the mean of a row's tokens; all others read its first.
+    """
     config = TrainConfig(
         tasks=list(workload.tasks),
         mode=mode,
@@ -44,8 +50,9 @@ def build_step(
     config.model.pretrained = str(workload.encoder)
     rates = dataclasses.replace(config.model.dropout, embedding=dropout, attention=dropout, hidden=dropout)
     config.model.dropout = rates
-    for settings in config.task.values():
-        settings.head = dataclasses.replace(settings.head, dropout=dropout)
+    for name, settings in config.task.items():
+        pooling: Pooling = "mean" if name in mean else settings.head.pooling
+        settings.head = dataclasses.replace(settings.head, dropout=dropout, pooling=pooling)
     if lora is not None:
         config.model.lora = lora
     machine = Machine(device, compute_dtype(precision, device))

@@ -1,4 +1,4 @@
-"""What a last layer at first tokens alone spares, where every head reads nothing else."""
+"""What a last layer at first tokens alone spares, where every head, or all but one, reads nothing else."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ ALONE, WHOLE = "first tokens alone", "whole last layer"
 
 @contextmanager
 def last_layer(whole: bool) -> Iterator[None]:
-    """Within, the last layer computes every token (whole), or the first of each row where that is enough."""
-    decide = MultiTaskModel.reads_first_tokens_alone
+    """Within, the last layer computes every token (whole), or of rows that are pooled by their first token no other."""
+    decide = MultiTaskModel.first_token_streams
     if whole:
-        MultiTaskModel.reads_first_tokens_alone = lambda *_: False  # type: ignore[method-assign]
+        MultiTaskModel.first_token_streams = lambda *_: set()  # type: ignore[method-assign]
     try:
         yield
     finally:
-        MultiTaskModel.reads_first_tokens_alone = decide  # type: ignore[method-assign]
+        MultiTaskModel.first_token_streams = decide  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("mean", [(), ("sts",)], ids=["all", "all but one"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_last_layer(bench: Bench, benchmark: Any, fast: Precision, mode: Mode) -> None:
+def test_last_layer(bench: Bench, benchmark: Any, fast: Precision, mode: Mode, mean: tuple[str, ...]) -> None:
     lora = QUERY_VALUE if mode == "lora" else None
 
     def candidate(name: str) -> Candidate:
         def build() -> Side:
-            step = build_step(bench.workload, bench.device, mode=mode, precision=fast, lora=lora)
+            step = build_step(bench.workload, bench.device, mode=mode, precision=fast, lora=lora, mean=mean)
             side = own_side(name, bench.workload, step)
             with last_layer(name == WHOLE):
                 tokens, held = activation_bytes(step, bench.workload.steps[0], bench.device)
@@ -55,7 +56,7 @@ def test_last_layer(bench: Bench, benchmark: Any, fast: Precision, mode: Mode) -
         return Candidate(name, build, DTYPES[fast], "full" if mode == "full" else "lora", lora)
 
     bench.compare(
-        f"first tokens alone, {mode}",
+        f"first tokens alone, {mode}{', all tasks but sts' if mean else ''}",
         [candidate(WHOLE), candidate(ALONE)],
         benchmark,
         baseline=WHOLE,

@@ -91,14 +91,12 @@ def philox4x32(
 def keep_groups(dropout_row: Tensor, groups: Tensor, dropout: Dropout) -> Tensor:
     """Which elements are kept in whole groups of eight columns.
 
-    dropout_row: integer [R]; groups: integer [G], or [R, G] where every row has its own; group g is the columns 8 g to
-    8 g + 7. Returns bool [R, G, 8].
+    dropout_row: integer [R]; groups: integer [G], group g being the columns 8 g to 8 g + 7. Returns bool [R, G, 8].
     """
     rows = dropout_row.to(torch.int64) & WORD
-    groups = groups.to(torch.int64)
     words = philox4x32(
         (dropout.seed & WORD, dropout.seed >> 32),
-        (groups if groups.ndim == 2 else groups[None, :], rows[:, None], dropout.site, dropout.step),
+        (groups.to(torch.int64)[None, :], rows[:, None], dropout.site, dropout.step),
     )
     lanes = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(lanes, dim=-1) >= dropout.threshold

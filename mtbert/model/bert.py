@@ -7,7 +7,7 @@ Everything but attention works on tokens; attention is told where rows begin and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from mtbert import kernels
 from mtbert.kernels.segments import Segments
 from mtbert.model.checkpointing import CheckpointingConfig, Recipes, recomputed
-from mtbert.model.context import ForwardContext, PackedTokens
+from mtbert.model.context import ForwardContext, PackedTokens, TaskBatch
 from mtbert.model.dropout import EMBEDDING, DropoutRates, DropoutStream, Place, layer_site
 from mtbert.model.extra_hidden import ExtraHidden
-from mtbert.model.first_tokens import first_token_context
+from mtbert.model.first_tokens import FirstTokens, by_stream, first_token_context
 from mtbert.model.lora import LoraAdapter, LoraConfig
 from mtbert.model.pals import Pals
 from mtbert.model.projections import Projection, QueryKeyValue
@@ -99,20 +99,21 @@ class BertLayer(nn.Module):
         rates: DropoutRates,
         beside: Tensor | None = None,
         *,
-        first_only: bool = False,
+        first: ForwardContext | None = None,
     ) -> Tensor:
         """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum.
 
-        first_only: compute the first token of each row alone, [T, C] -> [N, C]; the batch must be a `TaskBatch`.
+        first: compute the first token of each row alone, [T, C] -> [N, C]; it is `first_token_context` of `context`.
         """
 
         def site(place: Place) -> int:
             return layer_site(self.number, place)
 
-        if first_only:
-            whole, (context, first) = context, first_token_context(context)
-            everywhere, hidden = hidden, hidden.index_select(0, first.places)
-            beside = None if beside is None else beside.index_select(0, first.places)
+        if first is not None:
+            whole, context = context, first
+            places = cast(FirstTokens, first.batch).places
+            everywhere, hidden = hidden, hidden.index_select(0, places)
+            beside = None if beside is None else beside.index_select(0, places)
             query, key_value = self.query_key_value.apart(
                 everywhere, hidden, whole, context, site(Place.LORA_QKV)
             )
@@ -122,7 +123,7 @@ class BertLayer(nn.Module):
                 whole.batch.cu_seqlens,
                 whole.batch.max_seqlen,
                 scale=self.head_size**-0.5,
-                dropout_row=first.dropout_row,
+                dropout_row=first.batch.dropout_row,
                 dropout=context.mask(rates.attention, site(Place.ATTENTION)),
             )
         else:
@@ -230,15 +231,51 @@ class BertEncoder(nn.Module):
         dropout: DropoutStream | None = None,
         segments: Segments | None = None,
         noise: Tensor | None = None,
-        first_only: bool = False,
     ) -> Tensor:
         """Last hidden states [T, C] in `dtype`. Without a dropout stream nothing is dropped.
 
         segments: the groups of tokens whose gradients are wanted apart. noise: [T, C], added to the embeddings' output.
-        first_only: those of each row's first token alone, [N, C], at which alone the last layer is then computed.
-        Adapters and layers of one task's own apply to its tokens; then, and with first_only, the batch must be a
-        `TaskBatch`.
+        Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
         """
+        context, hidden = self._below_last(batch, dtype, dropout, segments, noise)
+        return self._run_layer(len(self.layers) - 1, context, hidden)
+
+    def parts(
+        self,
+        batch: TaskBatch,
+        first: Collection[str],
+        *,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None = None,
+        segments: Segments | None = None,
+        noise: Tensor | None = None,
+    ) -> list[tuple[ForwardContext, Tensor]]:
+        """Last hidden states, for the streams in `first` of each row's first token alone: the last layer computes no
+        other of theirs. Further arguments as in `forward`.
+
+        Returns those streams and the others, where there are any, each with the pass that its tokens are of: batch (a
+        `TaskBatch`) and segments say which they are.
+        """
+        context, hidden = self._below_last(batch, dtype, dropout, segments, noise)
+        last = len(self.layers) - 1
+        inside, outside = by_stream(context, hidden, first)
+        found = []
+        if inside is not None:
+            rows = first_token_context(inside[0])
+            found.append((rows, self._run_layer(last, *inside, first=rows)))
+        if outside is not None:
+            found.append((outside[0], self._run_layer(last, *outside)))
+        return found
+
+    def _below_last(
+        self,
+        batch: PackedTokens,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None,
+        segments: Segments | None,
+        noise: Tensor | None,
+    ) -> tuple[ForwardContext, Tensor]:
+        """The pass, and the hidden states [T, C] that the last layer starts from."""
         again: Sequence[int] = ()
         recipes: Recipes | None = None
         if torch.is_grad_enabled():
@@ -248,9 +285,8 @@ class BertEncoder(nn.Module):
         hidden = self.embeddings(context, self.dropouts.embedding)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
-        last = len(self.layers) - 1
-        for number in range(len(self.layers)):
-            run = partial(self._run_layer, number, context, first_only=first_only and number == last)
+        for number in range(len(self.layers) - 1):
+            run = partial(self._run_layer, number, context)
             if number not in again:
                 hidden = run(hidden)
             elif recipes is not None:
@@ -258,14 +294,14 @@ class BertEncoder(nn.Module):
                     hidden = run(hidden)
             else:
                 hidden = recomputed(run, hidden, self._layer_parameters(number))
-        return hidden
+        return context, hidden
 
     def _run_layer(
-        self, number: int, context: ForwardContext, hidden: Tensor, *, first_only: bool = False
+        self, number: int, context: ForwardContext, hidden: Tensor, *, first: ForwardContext | None = None
     ) -> Tensor:
-        """One layer and what stands beside it, [T, C] -> [T, C], or [N, C] with first_only."""
+        """One layer and what stands beside it, [T, C] -> [T, C], or [N, C] with `first` (see `BertLayer`)."""
         beside = self.pals(hidden, number, context) if self.pals is not None else None
-        return self.layers[number](hidden, context, self.dropouts, beside, first_only=first_only)
+        return self.layers[number](hidden, context, self.dropouts, beside, first=first)
 
     def _layer_parameters(self, number: int) -> list[nn.Parameter]:
         """All parameters that `_run_layer` uses."""

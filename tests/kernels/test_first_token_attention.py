@@ -58,14 +58,11 @@ def _plain(cu: Tensor, rows: Tensor, dropout: Dropout | None) -> Callable[..., T
     return run
 
 
-@pytest.fixture(params=[*(_cpu.instruction_sets() if _cpu is not None else []), "torch", "reference"])
+@pytest.fixture(params=[*(_cpu.instruction_sets() if _cpu is not None else []), "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every implementation, the C++ one in each instruction set that this processor has."""
     if request.param == "reference":
         with dispatch.use_backend("reference"):
-            yield request.param
-    elif request.param == "torch":  # it serves what C++ does not
-        with dispatch.use_backend("triton"):
             yield request.param
     else:
         assert _cpu is not None
@@ -109,12 +106,6 @@ def test_it_is_full_attention_at_the_first_tokens(backend: str, dropout: Dropout
     query, key_value = qkv[places, 0].contiguous(), qkv[:, 1:].contiguous()
     found = _call(cu, rows[places].contiguous(), dropout)(query, key_value)
     assert torch.allclose(found, full, rtol=0, atol=1e-14)
-
-
-def test_gradient_in_float64(backend: str) -> None:
-    query, key_value, cu, rows, _ = _packed((3, 0, 5, 9), torch.float64, before=1, after=2)
-    inputs = [query.requires_grad_(), key_value.requires_grad_()]
-    assert torch.autograd.gradcheck(_call(cu, rows, DROPOUT, 16), inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -54,10 +53,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(folder: Path, mode: str = "full", pooling: str = "cls", **options: Any) -> MultiTaskModel:
-    """Every parameter that is trained is moved from where it starts: zeros would hide what they multiply."""
+def build(
+    folder: Path, mode: str = "full", pooling: str = "cls", mixed: bool = False, **options: Any
+) -> MultiTaskModel:
+    """Every parameter that is trained is moved from where it starts: zeros would hide what they multiply.
+
+    mixed: some streams, not side by side, are pooled by their mean.
+    """
     heads = {task: HeadConfig(pooling=pooling) for task in TASKS}  # type: ignore[arg-type]
     heads["para"] = replace(heads["para"], pooling="pooler")
+    if mixed:
+        heads["sts"] = replace(heads["sts"], pooling="mean")
     model = build_model(
         folder,
         ModelConfig(pretrained=str(folder), **options),
@@ -72,7 +78,7 @@ def build(folder: Path, mode: str = "full", pooling: str = "cls", **options: Any
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=F64) * 0.1)
-    model.add_stream("sst/simcse", pooling)  # type: ignore[arg-type]
+    model.add_stream("sst/simcse", "mean" if mixed else pooling)  # type: ignore[arg-type]
     return model
 
 
@@ -89,7 +95,7 @@ def outputs(
     """Pooled rows and outputs; whole: with a last layer that computes every token."""
     with monkeypatch.context() as patch:
         if whole:
-            patch.setattr(MultiTaskModel, "reads_first_tokens_alone", lambda *_: False)
+            patch.setattr(MultiTaskModel, "first_token_streams", lambda *_: set())
         rows = model.features(batch, dtype=dtype, dropout=dropout, segments=segments)
         return rows, model.outputs_from_features(
             rows, dropout_rows=model.dropout_rows(batch), dropout=dropout
@@ -100,18 +106,13 @@ def total(found: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Tensor:
     return torch.stack([x.sin().sum() for part in found for x in part.values()]).sum()
 
 
-@pytest.fixture(params=["auto", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with dispatch.use_backend(request.param):
-        yield request.param
-
-
+@pytest.mark.parametrize("mixed", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize("dropout", [None, DropoutStream(4, 2)], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize(("mode", "options"), VARIANTS.values(), ids=VARIANTS)
 def test_outputs_and_gradients(
-    backend: str, tiny_bert: Path, mode: str, options: dict, dropout, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, mode: str, options: dict, dropout, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = build(tiny_bert, mode, **options), random_batch(LENGTHS, 100)
+    model, batch = build(tiny_bert, mode, mixed=mixed, **options), random_batch(LENGTHS, 100)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = outputs(model, batch, monkeypatch, whole=True, dropout=dropout)
     found = outputs(model, batch, monkeypatch, whole=False, dropout=dropout)
@@ -126,11 +127,12 @@ def test_outputs_and_gradients(
         assert theirs is None or torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12), name
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize(("mode", "options"), VARIANTS.values(), ids=VARIANTS)
 def test_gradients_of_every_task(
-    backend: str, tiny_bert: Path, mode: str, options: dict, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, mode: str, options: dict, mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = build(tiny_bert, mode, **options), random_batch(LENGTHS, 100)
+    model, batch = build(tiny_bert, mode, mixed=mixed, **options), random_batch(LENGTHS, 100)
     shared = dict(model.shared_parameters())
     sizes = [sum(len(s.tokens) for s in batch.segments if s.task == task) for task in TASKS]
 
@@ -152,7 +154,7 @@ def test_gradients_of_every_task(
     assert all(p.grad is None for p in shared.values())
 
 
-def test_rows_without_tokens(backend: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_tokens(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they give means nothing, but it is a number, and no other row sees it."""
     model, batch = build(tiny_bert), random_batch({"sst": [5, 0, 3], "para": [4, 0]}, 100)
     expected = outputs(model, batch, monkeypatch, whole=True)[0]
@@ -170,11 +172,18 @@ def test_merged_adapters(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert (found - expected[task]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
-def test_narrow_types(tiny_bert: Path, dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = build(tiny_bert).float(), random_batch(LENGTHS, 100)
-    expected = outputs(model, batch, monkeypatch, whole=True, dtype=dtype, dropout=DropoutStream(1, 1))[0]
-    found = outputs(model, batch, monkeypatch, whole=False, dtype=dtype, dropout=DropoutStream(1, 1))[0]
+def test_narrow_types(
+    tiny_bert: Path, dtype, tolerance: float, mixed: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build(tiny_bert, mixed=mixed).float(), random_batch(LENGTHS, 100)
+    with dispatch.use_backend(backend):
+        expected, found = (
+            outputs(model, batch, monkeypatch, whole=whole, dtype=dtype, dropout=DropoutStream(1, 1))[0]
+            for whole in (True, False)
+        )
     for stream, rows in found.items():
         assert rows.dtype == expected[stream].dtype
         assert (rows - expected[stream]).abs().max() <= tolerance
@@ -191,7 +200,24 @@ def test_it_is_done_where_first_tokens_alone_are_read(
     model.features(batch, dtype=F64)
     layers = len(model.encoder.layers)
     assert len(calls) == (layers if pooling == "mean" else layers - 1)
-    assert model.reads_first_tokens_alone(random_batch({"para": [3, 4]}, 100))
+    assert model.first_token_streams(random_batch({"para": [3, 4]}, 100)) == {"para"}
+
+
+def test_other_streams_keep_their_tokens(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer sees the tokens of those that are pooled by their mean, and no more."""
+    model, batch = build(tiny_bert, mixed=True), random_batch(LENGTHS, 100)
+    seen: list[int] = []
+    count = lambda qkv, *a, **k: (seen.append(len(qkv)), attention(qkv, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(bert_module.kernels, "attention", count)
+    model.features(batch, dtype=F64)
+    assert seen == [sum(map(sum, LENGTHS.values())), sum(LENGTHS["sst/simcse"]) + sum(LENGTHS["sts"])]
+
+
+def test_a_probe_s_rows_may_be_read_too(tiny_bert: Path) -> None:
+    model = build(tiny_bert)
+    model.add_probe("sst/probe", "mean")
+    found = model.features(random_batch({"sst": [5, 2], "sst/probe": [4]}, 100), dtype=F64)
+    assert {stream: len(rows) for stream, rows in found.items()} == {"sst": 2, "sst/probe": 1}
 
 
 def test_the_first_tokens_are_a_batch_of_their_own() -> None:
