@@ -96,20 +96,25 @@ class Bench:
             left_out=[c.name for c in candidates if c not in present],
         )
         benchmark.extra_info.update(comparison.to_record())
-        facts = environment(self.device)
-        facts["versions"] |= peer_versions()
-        facts |= {
+        facts = self.facts(present[0].dtype) | {
             "clock": self.clock,
             "load": [load_before, load()],
             "tokens_per_step": self.workload.tokens // len(self.workload.steps),
-            "source": self.workload.source,
-            "encoder": self.workload.encoder_name,
-            "kernels": kernels_in_use(self.device, present[0].dtype),
         }
         if self.results is not None and alternation.rounds >= RECORDED_REPEATS:
             records.write(self.results, facts.pop("device"), name, comparison.to_record(), facts)
         self.comparisons.append(comparison)
         return comparison
+
+    def facts(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a result was measured on and with, for its record."""
+        facts = environment(self.device)
+        facts["versions"] |= peer_versions()
+        return facts | {
+            "source": self.workload.source,
+            "encoder": self.workload.encoder_name,
+            "kernels": kernels_in_use(self.device, dtype),
+        }
 
     def _flops_per_token(self, candidate: Candidate) -> float:
         assert candidate.mode is not None

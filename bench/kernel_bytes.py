@@ -46,6 +46,7 @@ def _embedding(s: Setting, words: int) -> Cost:
 COSTS: dict[str, Callable[..., Cost]] = {
     "dropout": lambda s: costs.dropout(**_tokens(s)),
     "attention": lambda s: costs.attention(**_rows(s), width=s.encoder.width),
+    "first_token_attention": lambda s: costs.first_token_attention(**_rows(s), width=s.encoder.width),
     "softmax": lambda s: costs.softmax(**_rows(s), columns=s.max_seqlen),
     "add_layer_norm": lambda s: costs.add_layer_norm(**_tokens(s), **_parameters(s), masked=s.p > 0),
     "bias_gelu": lambda s: costs.bias_gelu(

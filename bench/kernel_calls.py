@@ -169,6 +169,31 @@ def attention(setting: Setting) -> Call:
     return Call("attention", setting, tensors, forward, [qkv], gradient, {"scale": scale})
 
 
+def first_token_attention(setting: Setting) -> Call:
+    """Attention of the rows' first tokens."""
+    make, encoder = _Inputs(setting), setting.encoder
+    shape = (encoder.heads, encoder.head_dim)
+    query = make.tensor(len(setting.lengths), *shape).requires_grad_()
+    key_value, mask = make.activations(2, *shape), make.dropout()
+    scale = encoder.head_dim**-0.5
+    dropout_row = torch.arange(len(setting.lengths), dtype=torch.int32, device=setting.device) * 4096
+
+    def forward() -> Tensor:
+        return kernels.first_token_attention(
+            query,
+            key_value,
+            make.cu_seqlens,
+            setting.max_seqlen,
+            scale=scale,
+            dropout_row=dropout_row,
+            dropout=mask,
+        )
+
+    tensors = {"query": query, "key_value": key_value, "cu_seqlens": make.cu_seqlens, "lengths": make.lengths}
+    gradient, leaves = make.tensor(*query.shape), [query, key_value]
+    return Call("first_token_attention", setting, tensors, forward, leaves, gradient, {"scale": scale})
+
+
 def softmax(setting: Setting) -> Call:
     """The padded path's probabilities: a row of scores for every head and token, masked to its row's length."""
     make = _Inputs(setting)
@@ -321,6 +346,7 @@ class _Batch:
 OPERATIONS: dict[str, Callable[[Setting], Call]] = {
     "dropout": dropout,
     "attention": attention,
+    "first_token_attention": first_token_attention,
     "softmax": softmax,
     "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,

@@ -29,7 +29,7 @@ def quick_cases() -> Iterator[tuple[str, Setting]]:
     for encoder in (BERT_BASE, MINILM):
         for longest in QUICK_LONGEST:
             yield "attention", plain(encoder, max_seqlen=longest)
-        for operation in ("add_layer_norm", "bias_gelu", "embedding", "dropout"):
+        for operation in ("first_token_attention", "add_layer_norm", "bias_gelu", "embedding", "dropout"):
             yield operation, plain(encoder)
 
 
@@ -40,6 +40,7 @@ def all_cases() -> Iterator[tuple[str, Setting]]:
         for encoder in (BERT_BASE, MINILM, NARROW_HEADS, WIDE_HEADS):
             for longest in LONGEST:
                 yield from _with_and_without_dropout("attention", plain(encoder, dtype, longest))
+            yield from _with_and_without_dropout("first_token_attention", plain(encoder, dtype))
         for longest in (*LONGEST, 8192):
             yield from _with_and_without_dropout("softmax", plain(BERT_BASE, dtype, longest))
         for encoder in (BERT_BASE, MINILM):
@@ -67,6 +68,7 @@ def label(operation: str, setting: Setting) -> str:
     encoder = setting.encoder
     words = {
         "attention": [f"heads of {encoder.head_dim}", f"max_seqlen {setting.max_seqlen}"],
+        "first_token_attention": [f"heads of {encoder.head_dim}"],
         "bias_gelu": [f"width {encoder.inner}"],
         "softmax": [f"width {setting.max_seqlen}"],
     }.get(operation, [f"width {encoder.width}"])

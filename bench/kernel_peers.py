@@ -161,6 +161,24 @@ def _flash_varlen(call: Call) -> Parts:
     return forward, leaves, call.gradient
 
 
+def _first_tokens(call: Call) -> list[Tensor]:
+    """Queries [N, H, D], keys and values [T, H, D] as leaves."""
+    return [_leaf(call.tensors["query"]), *(_leaf(part) for part in call.tensors["key_value"].unbind(1))]
+
+
+def _flash_varlen_first_tokens(call: Call) -> Parts:
+    """`_flash_varlen` with one query a row."""
+    leaves, bounds = _first_tokens(call), call.tensors["cu_seqlens"]
+    queries = torch.arange(bounds.shape[0], dtype=torch.int32, device=bounds.device)
+    flash: Any = torch.ops.aten._flash_attention_forward
+    p, scale, longest = call.setting.p, call.facts["scale"], max(call.setting.lengths)
+
+    def forward() -> Tensor:
+        return flash(*leaves, queries, bounds, 1, longest, p, False, False, scale=scale)[0]
+
+    return forward, leaves, call.gradient
+
+
 def _public_varlen(call: Call) -> Parts:
     """torch.nn.attention.varlen, which has no dropout: less work than the others do. Its scale is the usual one."""
     leaves, bounds, longest = _packed(call)
@@ -236,6 +254,33 @@ def _padded(backend: SDPBackend, *, masked: bool = True) -> Callable[[Call], Par
     return build
 
 
+def _padded_first_tokens(backend: SDPBackend) -> Callable[[Call], Parts]:
+    """Keys and values padded to the longest row, from the start, and masked."""
+
+    def build(call: Call) -> Parts:
+        lengths = call.tensors["lengths"]
+        query, *others = _first_tokens(call)
+        leaves = [query, *(_pad(other.detach(), lengths).requires_grad_() for other in others)]
+        mask = _inside(lengths)[:, None, None, :]
+
+        def forward() -> Tensor:
+            q, k, v = leaves
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(
+                    q[:, :, None],
+                    k.transpose(1, 2),
+                    v.transpose(1, 2),
+                    attn_mask=mask,
+                    dropout_p=call.setting.p,
+                    scale=call.facts["scale"],
+                )
+            return out[:, :, 0]
+
+        return forward, leaves, call.gradient
+
+    return build
+
+
 def _encoder_layer(call: Call) -> Parts:
     """torch's own encoder layer (post-LayerNorm, exact GELU) on rows padded to the longest, under autocast."""
     setting, encoder = call.setting, call.setting.encoder
@@ -274,6 +319,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer(NESTED[0], _nested(SDPBackend.FLASH_ATTENTION), GPU),
         Peer(NESTED[1], _nested(SDPBackend.EFFICIENT_ATTENTION), GPU),
         Peer(NESTED[2], _nested(SDPBackend.CUDNN_ATTENTION), GPU),
+    ),
+    "first_token_attention": (
+        Peer(EAGER, _padded_first_tokens(SDPBackend.MATH)),
+        Peer(VARLEN, _flash_varlen_first_tokens, GPU),
+        Peer(MASKED[0], _padded_first_tokens(SDPBackend.EFFICIENT_ATTENTION), GPU),
     ),
     "softmax": _eager_and_compiled(_softmax),
     "add_layer_norm": _pair(_layer_norm, ("x", "residual", "weight", "bias", "linear_bias")),

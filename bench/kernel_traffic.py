@@ -50,6 +50,8 @@ def _beyond(operation: str, s: Setting, words: int) -> tuple[float, float]:
         long = sum(length for length in s.lengths if length > _WHOLE_ROWS)
         statistic = long * encoder.heads * _FLOAT
         return statistic, 6 * long * encoder.width * s.dtype.itemsize + 4 * statistic
+    if operation == "first_token_attention":  # backward passes over keys and values twice
+        return 0.0, 2 * tokens * encoder.width * s.dtype.itemsize
     if operation == "softmax":
         rows = tokens * encoder.heads * _STATISTICS
         return rows, rows

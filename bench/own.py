@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype
 from mtbert.engine.step import StepResult, TrainStep
 from mtbert.model.lora import LoraConfig
+from mtbert.model.pooling import Pooling
 from mtbert.optim.surgery import SurgeryConfig
 from mtbert.tasks.config import TaskConfig
 
@@ -33,12 +35,14 @@ def build_step(
     lora: LoraConfig | None = None,
     dropout: float = 0.1,
     surgery: SurgeryConfig | None = None,
+    mean: Collection[str] = (),
     trained_layers: int | None = None,
     frozen: Path | None = None,
 ) -> TrainStep:
     """A training step of `mode` over the workload's data, one pass of the encoder a step.
 
-    Frozen first layers drop nothing here. frozen: where their outputs are kept; by default every step computes them.
+    mean: the tasks whose head pools by the mean of a row's tokens; all others read its first. Frozen first layers drop
+    nothing here. frozen: where their outputs are kept; by default every step computes them.
     """
     config = TrainConfig(
         tasks=list(workload.tasks),
@@ -51,8 +55,9 @@ def build_step(
     config.model.pretrained = str(workload.encoder)
     rates = dataclasses.replace(config.model.dropout, embedding=dropout, attention=dropout, hidden=dropout)
     config.model.dropout = rates
-    for settings in config.task.values():
-        settings.head = dataclasses.replace(settings.head, dropout=dropout)
+    for name, settings in config.task.items():
+        pooling: Pooling = "mean" if name in mean else settings.head.pooling
+        settings.head = dataclasses.replace(settings.head, dropout=dropout, pooling=pooling)
     if lora is not None:
         config.model.lora = lora
     config.model.trained_layers, config.model.frozen_dropout = trained_layers, False

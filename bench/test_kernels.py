@@ -13,6 +13,7 @@ from mtbert.engine.precision import resolve_device
 TOKENS = {"cuda": (8192, 16384, 32768, 65536), "cpu": (256,)}
 OPERATIONS = (
     "attention",
+    "first_token_attention",
     "add_layer_norm",
     "bias_gelu",
     "linear_bias_gelu",

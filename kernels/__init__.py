@@ -26,6 +26,7 @@ else:
     from .bias_gelu import bias_gelu
     from .dropout import Dropout, dropout
     from .embedding import embedding
+    from .first_token_attention import first_token_attention
     from .head_linear import head_linear
     from .linear import linear
     from .lora_linear import lora_linear, lora_qkv
@@ -40,6 +41,7 @@ else:
         "bias_gelu",
         "dropout",
         "embedding",
+        "first_token_attention",
         "head_linear",
         "linear",
         "lora_linear",

@@ -77,18 +77,19 @@ def lora_qkv(
 ) -> Tensor:
     """Queries, keys and values of one weight [3C, K], each with its adapter or None, under one mask.
 
-    adapters: three of (lora_a [r, K], lora_b [C, r]) or None; ranks may differ. The rest as in `lora_linear`. Returns
-    [T, 3C] in the dtype of x.
+    adapters: three of (lora_a [r, K], lora_b [C, r]) or None; ranks may differ. Two of them, and a weight [2C, K], are
+    keys and values alone. The rest as in `lora_linear`. Returns [T, 3C] (or [T, 2C]) in the dtype of x.
     """
     check_product("lora_qkv", x, weight, bias)
-    if len(adapters) != 3:
-        fail("lora_qkv", "adapters", "three pairs or None", f"{len(adapters)} elements")
-    if weight.shape[0] % 3:
-        fail("lora_qkv", "weight", "of shape [3C, K]", f"shape {list(weight.shape)}")
+    blocks = len(adapters)
+    if blocks not in (2, 3):
+        fail("lora_qkv", "adapters", "three pairs or None (or two)", f"{blocks} elements")
+    if weight.shape[0] % blocks:
+        fail("lora_qkv", "weight", f"of shape [{blocks}C, K]", f"shape {list(weight.shape)}")
     named = {"weight": weight, "bias": bias}
     for index, adapter in enumerate(adapters):
         if adapter is not None:
-            _check_adapter("lora_qkv", f"adapters[{index}]", adapter, weight.shape[0] // 3, x)
+            _check_adapter("lora_qkv", f"adapters[{index}]", adapter, weight.shape[0] // blocks, x)
         a, b = (None, None) if adapter is None else adapter
         named |= {f"adapters[{index}] a": a, f"adapters[{index}] b": b}
     active = check_dropout("lora_qkv", dropout_row, dropout, x)

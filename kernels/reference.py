@@ -24,6 +24,7 @@ __all__ = [
     "dropout",
     "dropout_mask",
     "embedding",
+    "first_token_attention",
     "head_linear",
     "linear",
     "lora_linear",
@@ -151,6 +152,42 @@ def _padded_attention(
         kept = kept.view(count, length, heads, groups * LANES)[..., :length].transpose(1, 2)
         probabilities = torch.where(kept, probabilities * dropout.scale, 0.0)
     return (probabilities @ v).transpose(1, 2)
+
+
+def first_token_attention(
+    query: Tensor,
+    key_value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Softmax attention of one query [H, D] a sequence: keys and values padded to max_seqlen, and masked."""
+    tokens, _, heads, _ = key_value.shape
+    if tokens == 0 or query.shape[0] == 0:
+        return query.new_zeros(query.shape) + 0 * (query.sum() + key_value.sum())
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    position = torch.arange(max_seqlen, device=query.device)
+    inside = position < lengths[:, None]
+    padded = _wide(key_value)[(starts[:, None] + position).clamp(max=tokens - 1)]
+    # Selected, not multiplied: what lies outside the sequences may be NaN.
+    k, v = torch.where(inside[:, :, None, None, None], padded, 0.0).permute(2, 0, 3, 1, 4)
+    q = _wide(query)[:, :, None]
+    scores = (q @ k.transpose(2, 3)).squeeze(2) * scale
+    scores = scores.masked_fill(~inside[:, None, :], torch.finfo(scores.dtype).min)
+    probabilities = torch.where(inside[:, None, :], scores.softmax(dim=-1), 0.0)
+    if dropout is not None and dropout.threshold > 0:
+        assert dropout_row is not None
+        groups = -(-max_seqlen // LANES)
+        first_group = torch.arange(heads, device=query.device) * (HEAD_COLUMNS // LANES)
+        columns = first_group[:, None] + torch.arange(groups, device=query.device)
+        kept = keep_groups(dropout_row, columns.flatten(), dropout)
+        kept = kept.view(-1, heads, groups * LANES)[..., :max_seqlen]
+        probabilities = torch.where(kept, probabilities * dropout.scale, 0.0)
+    return (probabilities[:, :, None] @ v).squeeze(2).to(query.dtype)
 
 
 def embedding(
@@ -284,12 +321,11 @@ def lora_qkv(
     dropout: Dropout | None = None,
     segments: Segments | None = None,
 ) -> Tensor:
-    """Three projections in one [3C, K] weight, each with its adapter or None; one mask for the three."""
+    """Three projections in one [3C, K] weight (or two in [2C, K]), each with its adapter or None; one mask for all."""
     dropped = _drop(_wide(x), dropout_row, dropout).to(x.dtype)
     outputs = []
-    for base, adapter in zip(
-        linear(x, weight, bias, segments=segments).chunk(3, dim=1), adapters, strict=True
-    ):
+    bases = linear(x, weight, bias, segments=segments).chunk(len(adapters), dim=1)
+    for base, adapter in zip(bases, adapters, strict=True):
         if adapter is None:
             outputs.append(base)
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -50,6 +50,19 @@ class Segments:
                 bounds = bounds.pin_memory().to(device, non_blocking=True)
             self._on_device[device] = bounds
         return self._on_device[device]
+
+    def with_parts(self, whole: Tensor, parts: Sequence[Tensor]) -> Segments:
+        """These segments, for operations that take stretches of the rows of parameter `whole` in its place.
+
+        parts: the stretches, which together are all of its rows in their order. Where `whole` has a companion, each
+        gets its part of it; gradients arrive at the companion of `whole`.
+        """
+        if whole not in self.companions:
+            return self
+        pieces = self.companions[whole].split([len(part) for part in parts], dim=1)
+        changed = replace(self, companions={**self.companions, **dict(zip(parts, pieces, strict=True))})
+        changed._on_device.update(self._on_device)
+        return changed
 
     def ranges(self) -> list[slice]:
         """The tokens of each group."""

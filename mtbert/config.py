@@ -29,6 +29,7 @@ from mtbert.losses.simcse import SimCseConfig
 from mtbert.losses.smart import SmartConfig
 from mtbert.losses.triplet import TripletConfig
 from mtbert.model.build import ModelConfig
+from mtbert.model.checkpointing import CheckpointingConfig
 from mtbert.model.multitask import MODE_ALIASES
 from mtbert.optim.adamw import OptimizerConfig
 from mtbert.optim.mixout import MixoutConfig
@@ -84,6 +85,8 @@ class TrainConfig:
     """The encoder, its dropout and its adapters."""
     frozen_cache: FrozenCacheConfig = field(default_factory=FrozenCacheConfig)
     """The outputs of frozen first layers, computed once and reused."""
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    """Gradient checkpointing: memory for time."""
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -156,6 +156,10 @@ def _cases(device: str) -> list[Case]:
             ids, types, positions, tables, t["weight"], t["bias"], eps=_EPS, dtype=dtype, **mask
         )
 
+    def first_token_attention(module: ModuleType, t: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        first = mask | {"dropout_row": mask["dropout_row"][cu_seqlens[:-1]].contiguous()}
+        return module.first_token_attention(t["query"], t["key_value"], cu_seqlens, 64, scale=scale, **first)
+
     def add_layer_norm(module: ModuleType, t: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         return module.add_layer_norm(
             t["x"], t["residual"], t["weight"], t["bias"], linear_bias=t["linear_bias"], eps=_EPS, **mask
@@ -176,6 +180,15 @@ def _cases(device: str) -> list[Case]:
             {"qkv": random(tokens, 3, _HEADS, _HEAD_DIM)},
             {},
             lambda module, t, _: module.attention(t["qkv"], cu_seqlens, 64, scale=scale, **mask),
+        ),
+        Case(
+            "first_token_attention",
+            {
+                "query": random(len(_LENGTHS), _HEADS, _HEAD_DIM),
+                "key_value": random(tokens, 2, _HEADS, _HEAD_DIM),
+            },
+            {},
+            first_token_attention,
         ),
         Case(
             "embedding",

@@ -347,17 +347,19 @@ static void attention_items(void* context, std::int64_t begin, std::int64_t end)
 }
 
 // Zeros for the tokens before the first and after the last sequence.
-static void clear_outside(const AttentionArguments& a, void* target, std::int64_t token_elements) {
-    const std::int64_t bytes = token_elements * (a.dtype == DType::kFloat32 ? 4 : 2);
-    const std::int64_t first = a.cu_seqlens[0], last = a.cu_seqlens[a.sequences];
+static void clear_outside(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t tokens, DType dtype,
+                          void* target, std::int64_t token_elements) {
+    const std::int64_t bytes = token_elements * (dtype == DType::kFloat32 ? 4 : 2);
+    const std::int64_t first = cu_seqlens[0], last = cu_seqlens[sequences];
     char* base = static_cast<char*>(target);
     __builtin_memset(base, 0, static_cast<std::size_t>(first * bytes));
-    __builtin_memset(base + last * bytes, 0, static_cast<std::size_t>((a.tokens - last) * bytes));
+    __builtin_memset(base + last * bytes, 0, static_cast<std::size_t>((tokens - last) * bytes));
 }
 
 template <bool kBackward>
 static void attention(const AttentionArguments& a) {
-    clear_outside(a, kBackward ? a.dqkv : a.out, (kBackward ? 3 : 1) * a.heads * a.head_dim);
+    clear_outside(a.cu_seqlens, a.sequences, a.tokens, a.dtype, kBackward ? a.dqkv : a.out,
+                  (kBackward ? 3 : 1) * a.heads * a.head_dim);
     // A thread takes all heads of a sequence, whose rows share cache lines, unless sequences are few.
     const std::int64_t chunk = a.sequences >= 4 * a.threads ? a.heads : 1;
     void (*work)(void*, std::int64_t, std::int64_t);

@@ -11,6 +11,8 @@ enum class DType { kFloat32, kBFloat16 };
 
 // The longest row, and the mask's columns that one attention head takes.
 constexpr std::int64_t kHeadColumns = 4096;
+// The widest attention head; its width is a multiple of 16.
+constexpr std::int64_t kMaxHeadDim = 128;
 
 // A dropout mask; row == nullptr means that nothing is dropped.
 struct Mask {
@@ -51,6 +53,24 @@ struct AttentionArguments {
     void* out;         // [tokens, heads, head_dim]; forward only
     const void* dout;  // backward only
     void* dqkv;        // backward only
+};
+
+struct FirstTokenAttentionArguments {
+    const void* query;               // [sequences, heads, head_dim]
+    const void* key_value;           // [tokens, 2, heads, head_dim]
+    const std::int32_t* cu_seqlens;  // [sequences + 1]
+    std::int64_t tokens;
+    std::int64_t sequences;
+    std::int64_t heads;
+    std::int64_t head_dim;
+    float scale;
+    DType dtype;
+    Mask mask;  // rows are sequences
+    int threads;
+    void* out;         // [sequences, heads, head_dim]; forward only
+    const void* dout;  // backward only
+    void* dquery;      // backward only
+    void* dkey_value;  // backward only
 };
 
 // A gradient pointer of nullptr means that this gradient is not wanted.
@@ -119,6 +139,8 @@ struct Kernels {
     void (*column_sums)(const ColumnSumsArguments&);
     void (*attention_forward)(const AttentionArguments&);
     void (*attention_backward)(const AttentionArguments&);
+    void (*first_token_attention_forward)(const FirstTokenAttentionArguments&);
+    void (*first_token_attention_backward)(const FirstTokenAttentionArguments&);
     void (*add_layer_norm_forward)(const AddLayerNormArguments&);
     void (*add_layer_norm_backward)(const AddLayerNormArguments&);
     void (*bias_gelu_forward)(const BiasGeluArguments&);

@@ -155,19 +155,41 @@ void column_sums(Address x, Address out, Int rows, Int columns, const std::strin
     table.column_sums(a);
 }
 
+void check_heads(const char* operation, Int heads, Int head_dim) {
+    check_size(operation, "heads", heads, 1);
+    if (head_dim < 16 || head_dim > kMaxHeadDim || head_dim % 16 != 0) {
+        fail(operation, "head_dim", "must be a multiple of 16 up to 128, got " + std::to_string(head_dim));
+    }
+}
+
+// cu_seqlens must ascend within 0 to tokens, in steps of at most max_seqlen.
+void check_sequences(const char* operation, const std::int32_t* cu_seqlens, Int sequences, Int tokens, Int max_seqlen) {
+    if (max_seqlen < 1 || max_seqlen > kHeadColumns) {
+        fail(operation, "max_seqlen", "must be 1 to 4096, got " + std::to_string(max_seqlen));
+    }
+    Int before = 0;
+    for (Int n = 0; n <= sequences; ++n) {
+        const Int here = cu_seqlens[n];
+        if (here < before || here > tokens) {
+            fail(operation, "cu_seqlens", "must ascend within 0 to " + std::to_string(tokens) + ", got " +
+                                              std::to_string(here) + " after " + std::to_string(before) + " at element " +
+                                              std::to_string(n));
+        }
+        if (n > 0 && here - before > max_seqlen) {
+            fail(operation, "max_seqlen", "is " + std::to_string(max_seqlen) + ", but sequence " + std::to_string(n - 1) +
+                                              " has " + std::to_string(here - before) + " tokens");
+        }
+        before = here;
+    }
+}
+
 AttentionArguments attention_arguments(Address qkv, Address cu_seqlens, Int tokens, Int sequences, Int heads,
                                        Int head_dim, Int max_seqlen, double scale, const std::string& dtype, Int threads,
                                        Address dropout_row, std::uint64_t seed, Int step, Int site, Int threshold) {
     constexpr const char* kName = "attention";
     check_size(kName, "tokens", tokens, 0);
     check_size(kName, "sequences", sequences, 0);
-    check_size(kName, "heads", heads, 1);
-    if (head_dim < 16 || head_dim > 128 || head_dim % 16 != 0) {
-        fail(kName, "head_dim", "must be a multiple of 16 up to 128, got " + std::to_string(head_dim));
-    }
-    if (max_seqlen < 1 || max_seqlen > kHeadColumns) {
-        fail(kName, "max_seqlen", "must be 1 to 4096, got " + std::to_string(max_seqlen));
-    }
+    check_heads(kName, heads, head_dim);
     if (!(scale > 0.0)) fail(kName, "scale", "must be positive, got " + std::to_string(scale));
     AttentionArguments a{};
     a.dtype = dtype_of(kName, "dtype", dtype);
@@ -180,20 +202,7 @@ AttentionArguments attention_arguments(Address qkv, Address cu_seqlens, Int toke
     a.scale = static_cast<float>(scale);
     a.mask = mask_of(kName, dropout_row, seed, step, site, threshold);
     a.threads = thread_count(kName, threads);
-    Int before = 0;
-    for (Int n = 0; n <= sequences; ++n) {
-        const Int here = a.cu_seqlens[n];
-        if (here < before || here > tokens) {
-            fail(kName, "cu_seqlens", "must ascend within 0 to " + std::to_string(tokens) + ", got " +
-                                          std::to_string(here) + " after " + std::to_string(before) + " at element " +
-                                          std::to_string(n));
-        }
-        if (n > 0 && here - before > max_seqlen) {
-            fail(kName, "max_seqlen", "is " + std::to_string(max_seqlen) + ", but sequence " + std::to_string(n - 1) +
-                                          " has " + std::to_string(here - before) + " tokens");
-        }
-        before = here;
-    }
+    check_sequences(kName, a.cu_seqlens, sequences, tokens, max_seqlen);
     return a;
 }
 
@@ -218,6 +227,61 @@ void attention_backward(Address qkv, Address cu_seqlens, Address dout, Address d
     const Kernels& table = kernels();
     py::gil_scoped_release release;
     table.attention_backward(a);
+}
+
+FirstTokenAttentionArguments first_token_attention_arguments(Address query, Address key_value, Address cu_seqlens,
+                                                             Int tokens, Int sequences, Int heads, Int head_dim,
+                                                             Int max_seqlen, double scale, const std::string& dtype,
+                                                             Int threads, Address dropout_row, std::uint64_t seed,
+                                                             Int step, Int site, Int threshold) {
+    constexpr const char* kName = "first_token_attention";
+    check_size(kName, "tokens", tokens, 0);
+    check_size(kName, "sequences", sequences, 0);
+    check_heads(kName, heads, head_dim);
+    if (!(scale > 0.0)) fail(kName, "scale", "must be positive, got " + std::to_string(scale));
+    FirstTokenAttentionArguments a{};
+    a.dtype = dtype_of(kName, "dtype", dtype);
+    a.query = data(kName, "query", query, sequences, a.dtype);
+    a.key_value = data(kName, "key_value", key_value, tokens, a.dtype);
+    a.cu_seqlens = required<const std::int32_t>(kName, "cu_seqlens", cu_seqlens, 1);
+    a.tokens = tokens;
+    a.sequences = sequences;
+    a.heads = heads;
+    a.head_dim = head_dim;
+    a.scale = static_cast<float>(scale);
+    a.mask = mask_of(kName, dropout_row, seed, step, site, threshold);
+    a.threads = thread_count(kName, threads);
+    check_sequences(kName, a.cu_seqlens, sequences, tokens, max_seqlen);
+    return a;
+}
+
+void first_token_attention_forward(Address query, Address key_value, Address cu_seqlens, Address out, Int tokens,
+                                   Int sequences, Int heads, Int head_dim, Int max_seqlen, double scale,
+                                   const std::string& dtype, Int threads, Address dropout_row, std::uint64_t seed,
+                                   Int step, Int site, Int threshold) {
+    FirstTokenAttentionArguments a =
+        first_token_attention_arguments(query, key_value, cu_seqlens, tokens, sequences, heads, head_dim, max_seqlen,
+                                        scale, dtype, threads, dropout_row, seed, step, site, threshold);
+    a.out = data("first_token_attention", "out", out, sequences, a.dtype);
+    const Kernels& table = kernels();
+    py::gil_scoped_release release;
+    table.first_token_attention_forward(a);
+}
+
+void first_token_attention_backward(Address query, Address key_value, Address cu_seqlens, Address dout, Address dquery,
+                                    Address dkey_value, Int tokens, Int sequences, Int heads, Int head_dim,
+                                    Int max_seqlen, double scale, const std::string& dtype, Int threads,
+                                    Address dropout_row, std::uint64_t seed, Int step, Int site, Int threshold) {
+    constexpr const char* kName = "first_token_attention";
+    FirstTokenAttentionArguments a =
+        first_token_attention_arguments(query, key_value, cu_seqlens, tokens, sequences, heads, head_dim, max_seqlen,
+                                        scale, dtype, threads, dropout_row, seed, step, site, threshold);
+    a.dout = data(kName, "dout", dout, sequences, a.dtype);
+    a.dquery = data(kName, "dquery", dquery, sequences, a.dtype);
+    a.dkey_value = data(kName, "dkey_value", dkey_value, tokens, a.dtype);
+    const Kernels& table = kernels();
+    py::gil_scoped_release release;
+    table.first_token_attention_backward(a);
 }
 
 AddLayerNormArguments add_layer_norm_arguments(Address x, Address residual, Address linear_bias, Address weight,
@@ -429,6 +493,15 @@ void register_cpu(py::module_& m) {
     m.def("attention_backward", &attention_backward, arg("qkv"), arg("cu_seqlens"), arg("dout"), arg("dqkv"),
           arg("tokens"), arg("sequences"), arg("heads"), arg("head_dim"), arg("max_seqlen"), arg("scale"), arg("dtype"),
           arg("threads"), row, seed, step, site, threshold, ("dqkv from dout and qkv.\n\n" + note).c_str());
+    m.def("first_token_attention_forward", &first_token_attention_forward, arg("query"), arg("key_value"),
+          arg("cu_seqlens"), arg("out"), arg("tokens"), arg("sequences"), arg("heads"), arg("head_dim"),
+          arg("max_seqlen"), arg("scale"), arg("dtype"), arg("threads"), row, seed, step, site, threshold,
+          ("out [sequences, heads, head_dim] of query, likewise, and key_value [tokens, 2, heads, head_dim].\n\n" + note)
+              .c_str());
+    m.def("first_token_attention_backward", &first_token_attention_backward, arg("query"), arg("key_value"),
+          arg("cu_seqlens"), arg("dout"), arg("dquery"), arg("dkey_value"), arg("tokens"), arg("sequences"),
+          arg("heads"), arg("head_dim"), arg("max_seqlen"), arg("scale"), arg("dtype"), arg("threads"), row, seed, step,
+          site, threshold, ("dquery and dkey_value from dout, query and key_value.\n\n" + note).c_str());
     m.def("add_layer_norm_forward", &add_layer_norm_forward, arg("x"), arg("residual"), arg("linear_bias"), arg("weight"),
           arg("bias"), arg("out"), arg("mean"), arg("rstd"), arg("rows"), arg("columns"), arg("eps"), arg("dtype"),
           arg("threads"), row, seed, step, site, threshold,

@@ -199,6 +199,7 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         max_lengths={name: config.task[name].max_length for name in config.tasks},
         seed=config.seed,
     )
+    model.encoder.set_checkpointing(config.checkpointing)
     if config.surgery.method == "uncertainty":
         model.uncertainty = UncertaintyWeights(
             {name: task.kind == "similarity" for name, task in tasks_of(config).items()}

@@ -62,6 +62,23 @@ def _attention(
     )
 
 
+def _first_token_attention(
+    query: Tensor,
+    key_value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float,
+    dropout_row: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Later:
+    heads, width = query.shape[1], query.shape[1] * query.shape[2]
+    size, masked = query.dtype.itemsize, dropout is not None
+    return lambda: costs.first_token_attention(
+        lengths=cu_seqlens.diff().cpu().numpy(), width=width, heads=heads, size=size, masked=masked
+    )
+
+
 def _add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -216,6 +233,7 @@ def _adapted(
 _FORMULAS: dict[str, Callable[..., Later]] = {
     "dropout": _dropout,
     "attention": _attention,
+    "first_token_attention": _first_token_attention,
     "add_layer_norm": _add_layer_norm,
     "bias_gelu": _bias_gelu,
     "embedding": _embedding,
@@ -224,5 +242,5 @@ _FORMULAS: dict[str, Callable[..., Later]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
 }
-PRODUCTS = ("linear", "head_linear", "lora_linear", "lora_qkv", "attention")
+PRODUCTS = ("linear", "head_linear", "lora_linear", "lora_qkv", "attention", "first_token_attention")
 """Operations whose FLOPs are those of matrix products, but for attention's softmax: its share is a few per cent."""

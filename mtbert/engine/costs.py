@@ -66,6 +66,27 @@ def attention(
     return Cost(4 * each + indices, 7 * each + indices, 2 * product + softmax, 4 * product + softmax)
 
 
+def first_token_attention(
+    *, lengths: Sequence[int] | np.ndarray, width: int, heads: int, size: int, masked: bool
+) -> Cost:
+    """Forward: a query a row and all keys and values in, a vector a row out. Backward: those and the output's gradient
+    in, their gradients out.
+
+    FLOPs: as for `attention`, with L products of a query and a key in place of L^2.
+    """
+    rows = np.asarray(lengths, dtype=np.float64)
+    tokens, count = float(rows.sum()), len(rows)
+    indices = INDEX * count * masked + INDEX * (count + 1)
+    query, keys_values = count * width * size, 2 * tokens * width * size
+    product, softmax = 2 * tokens * width, 5 * tokens * heads
+    return Cost(
+        2 * query + keys_values + indices,
+        3 * query + 2 * keys_values + indices,
+        2 * product + softmax,
+        4 * product + softmax,
+    )
+
+
 def softmax(
     *, lengths: Sequence[int] | np.ndarray, columns: int, heads: int, size: int, masked: bool
 ) -> Cost:

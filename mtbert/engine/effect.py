@@ -28,6 +28,15 @@ def check_effect(config: TrainConfig) -> None:
     if config.frozen_cache.use == "never":
         off = "frozen_cache.use is never"
         _refuse("frozen_cache", config.frozen_cache, off, "frozen_cache.use auto", only=("most_gib",))
+    checkpointing = config.checkpointing
+    if checkpointing.mode == "none":
+        off = "checkpointing.mode is none"
+        _refuse(
+            "checkpointing", checkpointing, off, "checkpointing.mode layers or selective", only=("every",)
+        )
+    if config.mode == "last-linear-layer":
+        off = "mode last-linear-layer has no backward pass through the encoder"
+        _refuse("checkpointing", checkpointing, off, "mode full, lora or bitfit", only=("mode",))
     pretraining = config.pretraining
     if not pretraining.mlm_epochs:
         off = "pretraining.mlm_epochs is 0"

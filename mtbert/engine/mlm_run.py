@@ -97,6 +97,7 @@ def build_mlm_model(config: TrainConfig, folder: Path, data: MlmData) -> MlmMode
     sizes = sizes_of(load_config(folder), config.model)
     generator = torch.Generator().manual_seed(config.seed)
     encoder = load_encoder(folder, config=sizes, dropouts=config.model.dropout, generator=generator)
+    encoder.set_checkpointing(config.checkpointing)
     head = MlmHead(sizes)
     if load_mlm_head(folder, head):
         logger.info("the head that guesses masked words is the pretrained one")

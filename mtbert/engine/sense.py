@@ -26,6 +26,7 @@ def check_sense(config: TrainConfig, model: MultiTaskModel, curriculum: Curricul
     _check_losses(config)
     _check_surgery(config, model, curriculum)
     _check_untrained_heads(config, model)
+    _check_checkpointing(config, model)
     _check_profile(config, curriculum)
     _check_views(config)
     _check_perturbation(config, model)
@@ -88,6 +89,17 @@ def _check_losses(config: TrainConfig) -> None:
             f"{', '.join(f'{name}.loss.weight' for name in config.tasks)}: found 0, and no objective learns from labels"
             " or contrasts: there is nothing to train; possible: above 0 for one of them, or a task in"
             f" {', '.join(f'{group}.tasks' for group in _LEARNING)}"
+        )
+
+
+def _check_checkpointing(config: TrainConfig, model: MultiTaskModel) -> None:
+    """A layer that the backward pass never reaches keeps nothing that could be computed again."""
+    again = config.checkpointing.layer_numbers(len(model.encoder.layers))
+    lowest = model.encoder.lowest_trained_layer
+    if again and again[-1] < lowest and not config.smart.tasks:  # SMART's passes reach the embeddings
+        raise ConfigError(
+            f"checkpointing.mode: {config.checkpointing.mode} would have no effect: layers {again} would be"
+            f" computed again, but nothing below layer {lowest} is trained; possible: none"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from mtbert.model.bert import BertConfig, BertEncoder
 from mtbert.model.build import ModelConfig, build_model
+from mtbert.model.checkpointing import CheckpointingConfig
 from mtbert.model.dropout import DropoutRates, DropoutStream
 from mtbert.model.extra_hidden import ExtraHiddenConfig, add_extra_hidden
 from mtbert.model.heads import Head, HeadConfig, HeadSpec
@@ -16,6 +17,7 @@ from mtbert.model.pretrained import load_config, load_encoder, resolve, save_enc
 __all__ = [
     "BertConfig",
     "BertEncoder",
+    "CheckpointingConfig",
     "DropoutRates",
     "DropoutStream",
     "ExtraHiddenConfig",

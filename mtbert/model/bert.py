@@ -7,8 +7,9 @@ Everything but attention works on tokens; attention is told where rows begin and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from mtbert import kernels
 from mtbert.kernels.segments import Segments
-from mtbert.model.context import ForwardContext, LayersBelow, PackedTokens
+from mtbert.model.checkpointing import CheckpointingConfig, Recipes, recomputed
+from mtbert.model.context import ForwardContext, LayersBelow, PackedTokens, TaskBatch
 from mtbert.model.dropout import EMBEDDING, DropoutRates, DropoutStream, Place, layer_site
 from mtbert.model.extra_hidden import ExtraHidden
+from mtbert.model.first_tokens import FirstTokens, by_stream, first_token_context
 from mtbert.model.lora import LoraAdapter, LoraConfig
 from mtbert.model.pals import Pals
 from mtbert.model.projections import Projection, QueryKeyValue
@@ -90,26 +93,54 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden: Tensor, context: ForwardContext, rates: DropoutRates, beside: Tensor | None = None
+        self,
+        hidden: Tensor,
+        context: ForwardContext,
+        rates: DropoutRates,
+        beside: Tensor | None = None,
+        *,
+        first: ForwardContext | None = None,
     ) -> Tensor:
-        """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum."""
-        batch, segments = context.batch, context.segments
+        """[T, C] -> [T, C]. beside: [T, C], joins the layer's last sum.
+
+        first: compute the first token of each row alone, [T, C] -> [N, C]; it is `first_token_context` of `context`.
+        """
 
         def site(place: Place) -> int:
             return layer_site(self.number, place)
 
-        qkv = self.query_key_value(hidden, context, site(Place.LORA_QKV))
-        attended = kernels.attention(
-            qkv.view(-1, 3, self.heads, self.head_size),
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            scale=self.head_size**-0.5,
-            dropout_row=batch.dropout_row,
-            dropout=context.mask(rates.attention, site(Place.ATTENTION)),
-        )
+        if first is not None:
+            whole, context = context, first
+            places = cast(FirstTokens, first.batch).places
+            everywhere, hidden = hidden, hidden.index_select(0, places)
+            beside = None if beside is None else beside.index_select(0, places)
+            query, key_value = self.query_key_value.apart(
+                everywhere, hidden, whole, context, site(Place.LORA_QKV)
+            )
+            attended = kernels.first_token_attention(
+                query.view(-1, self.heads, self.head_size),
+                key_value.view(-1, 2, self.heads, self.head_size),
+                whole.batch.cu_seqlens,
+                whole.batch.max_seqlen,
+                scale=self.head_size**-0.5,
+                dropout_row=first.batch.dropout_row,
+                dropout=context.mask(rates.attention, site(Place.ATTENTION)),
+            )
+        else:
+            qkv = self.query_key_value(hidden, context, site(Place.LORA_QKV))
+            attended = kernels.attention(
+                qkv.view(-1, 3, self.heads, self.head_size),
+                context.batch.cu_seqlens,
+                context.batch.max_seqlen,
+                scale=self.head_size**-0.5,
+                dropout_row=context.batch.dropout_row,
+                dropout=context.mask(rates.attention, site(Place.ATTENTION)),
+            )
+        batch, segments = context.batch, context.segments
         if self.extra_hidden is not None:
             attended = self.extra_hidden(attended, context)
-        hidden = kernels.add_layer_norm(
+        hidden = context.cheap(
+            kernels.add_layer_norm,
             self.attention_output(attended.flatten(1), context, site(Place.LORA_ATTENTION_OUTPUT)),
             hidden,
             self.attention_norm.weight,
@@ -121,7 +152,7 @@ class BertLayer(nn.Module):
             segments=segments,
         )
         inner = self.intermediate(hidden, context, site(Place.LORA_INTERMEDIATE))
-        inner = kernels.bias_gelu(inner, self.intermediate.bias, segments=segments)
+        inner = context.cheap(kernels.bias_gelu, inner, self.intermediate.bias, segments=segments)
         return kernels.add_layer_norm(
             self.output(inner, context, site(Place.LORA_OUTPUT)),
             hidden if beside is None else hidden + beside,
@@ -186,6 +217,8 @@ class BertEncoder(nn.Module):
         self.pals: Pals | None = None
         self.undropped_layers = 0
         """The first so many layers drop nothing; where they are any, neither do the embeddings."""
+        self.checkpointing = CheckpointingConfig()
+        """What the backward pass computes again instead of the forward pass keeping it."""
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_is_pretrained = False
         self.register_state_dict_pre_hook(_refuse_merged)
@@ -209,7 +242,55 @@ class BertEncoder(nn.Module):
         below: what the first layers give; they are not computed then. layers: compute the first so many, by default
         all. Adapters and layers of one task's own apply to its tokens; then the batch must be a `TaskBatch`.
         """
-        context = ForwardContext(batch, dtype, dropout, segments)
+        context, hidden = self._below_last(batch, dtype, dropout, segments, noise, below, layers)
+        last = len(self.layers) - 1
+        return hidden if layers is not None and layers <= last else self._run_layer(last, context, hidden)
+
+    def parts(
+        self,
+        batch: TaskBatch,
+        first: Collection[str],
+        *,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None = None,
+        segments: Segments | None = None,
+        noise: Tensor | None = None,
+        below: LayersBelow | None = None,
+    ) -> list[tuple[ForwardContext, Tensor]]:
+        """Last hidden states, for the streams in `first` of each row's first token alone: the last layer computes no
+        other of theirs. Further arguments as in `forward`.
+
+        Returns those streams and the others, where there are any, each with the pass that its tokens are of: batch (a
+        `TaskBatch`) and segments say which they are.
+        """
+        context, hidden = self._below_last(batch, dtype, dropout, segments, noise, below)
+        last = len(self.layers) - 1
+        inside, outside = by_stream(context, hidden, first)
+        found = []
+        if inside is not None:
+            rows = first_token_context(inside[0])
+            found.append((rows, self._run_layer(last, *inside, first=rows)))
+        if outside is not None:
+            found.append((outside[0], self._run_layer(last, *outside)))
+        return found
+
+    def _below_last(
+        self,
+        batch: PackedTokens,
+        dtype: torch.dtype,
+        dropout: DropoutStream | None,
+        segments: Segments | None,
+        noise: Tensor | None,
+        below: LayersBelow | None = None,
+        layers: int | None = None,
+    ) -> tuple[ForwardContext, Tensor]:
+        """The pass, and the hidden states [T, C] that the last layer starts from, or those after `layers` layers."""
+        again: Sequence[int] = ()
+        recipes: Recipes | None = None
+        if torch.is_grad_enabled():
+            again = self.checkpointing.layer_numbers(len(self.layers))
+            recipes = Recipes() if self.checkpointing.mode == "selective" else None
+        context = ForwardContext(batch, dtype, dropout, segments, recipes)
         undropped = replace(context, dropout=None) if self.undropped_layers else context
         if below is None:
             hidden = self.embeddings(undropped, self.dropouts.embedding)
@@ -217,12 +298,30 @@ class BertEncoder(nn.Module):
             hidden = _checked(below, batch, dtype, noise)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
-        first = 0 if below is None else below.layers
-        for number in range(first, len(self.layers) if layers is None else layers):
-            inside = undropped if number < self.undropped_layers else context
-            beside = self.pals(hidden, number, inside) if self.pals is not None else None
-            hidden = self.layers[number](hidden, inside, self.dropouts, beside)
-        return hidden
+        last = len(self.layers) - 1
+        stop = last if layers is None else min(layers, last)
+        for number in range(0 if below is None else below.layers, stop):
+            run = partial(self._run_layer, number, undropped if number < self.undropped_layers else context)
+            if number not in again:
+                hidden = run(hidden)
+            elif recipes is not None:
+                with recipes.layer():
+                    hidden = run(hidden)
+            else:
+                hidden = recomputed(run, hidden, self._layer_parameters(number))
+        return undropped if last < self.undropped_layers else context, hidden
+
+    def _run_layer(
+        self, number: int, context: ForwardContext, hidden: Tensor, *, first: ForwardContext | None = None
+    ) -> Tensor:
+        """One layer and what stands beside it, [T, C] -> [T, C], or [N, C] with `first` (see `BertLayer`)."""
+        beside = self.pals(hidden, number, context) if self.pals is not None else None
+        return self.layers[number](hidden, context, self.dropouts, beside, first=first)
+
+    def _layer_parameters(self, number: int) -> list[nn.Parameter]:
+        """All parameters that `_run_layer` uses."""
+        beside = [] if self.pals is None else list(self.pals.parameters())
+        return [*self.layers[number].parameters(), *beside]
 
     def pool_first(self, hidden: Tensor, segments: Segments | None = None) -> Tensor:
         """BERT's pooler on the hidden states of first tokens: tanh(linear), [N, C] -> [N, C].
@@ -230,6 +329,11 @@ class BertEncoder(nn.Module):
         segments: as in `forward`, with bounds in rows.
         """
         return torch.tanh(kernels.linear(hidden, self.pooler.weight, self.pooler.bias, segments=segments))
+
+    def set_checkpointing(self, config: CheckpointingConfig) -> None:
+        """Compute again in the backward pass what `config` says. Raises ConfigError where there are too few layers."""
+        config.layer_numbers(len(self.layers))
+        self.checkpointing = config
 
     @property
     def lowest_trained_layer(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from mtbert import kernels
 from mtbert.kernels.segments import Segments
+from mtbert.model.checkpointing import Recipes
 from mtbert.model.dropout import DropoutStream
 
 
@@ -94,6 +95,14 @@ class ForwardContext:
     """None drops nothing."""
     segments: Segments | None = None
     """With it, shared parameters get one gradient for each group of tokens."""
+    recipes: Recipes | None = None
+    """Gradient checkpointing of cheap operations."""
+
+    def cheap(self, operation: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+        """operation(*arguments, **options), whose result may be computed again in the backward pass to save memory."""
+        if self.recipes is None:
+            return operation(*arguments, **options)
+        return self.recipes.cheap(operation, *arguments, **options)
 
     def mask(self, p: float, site: int) -> kernels.Dropout | None:
         """The dropout at `site`."""

@@ -81,7 +81,7 @@ class ExtraHidden(nn.Module):
         """The heads' outputs [T, H, D] -> [T, H, D]."""
         hidden = attended
         for layer in self.hidden:
-            hidden = self.activation(layer(hidden, context))
+            hidden = context.cheap(self.activation, layer(hidden, context))
         return attended + self.output(hidden, context)
 
 

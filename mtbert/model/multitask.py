@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from mtbert.kernels.segments import Segments
 from mtbert.model.bert import BertEncoder
 from mtbert.model.context import LayersBelow, TaskBatch, TaskSegment
 from mtbert.model.dropout import DropoutStream
+from mtbert.model.first_tokens import first_tokens
 from mtbert.model.heads import Head, HeadConfig, HeadSpec
 from mtbert.model.layer_groups import layer_of
-from mtbert.model.pooling import POOLINGS, Pooling, first_tokens, part, pool
+from mtbert.model.pooling import FIRST_TOKEN_POOLINGS, POOLINGS, Pooling, part, pool
 
 __all__ = [
     "MODES",
@@ -144,21 +145,34 @@ class MultiTaskModel(nn.Module):
         """
         if self.mode == "last-linear-layer":
             dropout = None
-        hidden = self.encoder(
-            batch, dtype=dtype, dropout=dropout, segments=segments, noise=noise, below=below
-        )
-        pooled: dict[str, Tensor] = {}
         poolings = self.poolings | self.probe_poolings
-        for pooling in POOLINGS:
-            chosen = [segment for segment in batch.segments if poolings[segment.stream] == pooling]
-            if not chosen:
-                continue
-            rows = pool(pooling, self.encoder, hidden, batch, chosen, segments)
-            sizes = [len(segment.rows) for segment in chosen]
-            pooled.update(zip((segment.stream for segment in chosen), rows.split(sizes), strict=True))
+        pooled: dict[str, Tensor] = {}
+        for context, hidden in self.encoder.parts(
+            batch,
+            self.first_token_streams(batch),
+            dtype=dtype,
+            dropout=dropout,
+            segments=segments,
+            noise=noise,
+            below=below,
+        ):
+            tokens = cast(TaskBatch, context.batch)
+            for pooling in POOLINGS:
+                chosen = [segment for segment in tokens.segments if poolings[segment.stream] == pooling]
+                if not chosen:
+                    continue
+                rows = pool(pooling, self.encoder, hidden, tokens, chosen, context.segments)
+                sizes = [len(segment.rows) for segment in chosen]
+                pooled.update(zip((segment.stream for segment in chosen), rows.split(sizes), strict=True))
         if len(pooled) != len(batch.segments):
             raise ValueError(f"a stream has two segments in one batch: {[s.stream for s in batch.segments]}")
         return pooled
+
+    def first_token_streams(self, batch: TaskBatch) -> set[str]:
+        """The streams of `batch` whose rows are pooled by their first token: the last layer computes nothing else."""
+        poolings = self.poolings | self.probe_poolings
+        streams = (segment.stream for segment in batch.segments)
+        return {stream for stream in streams if poolings[stream] in FIRST_TOKEN_POOLINGS}
 
     def outputs_from_features(
         self,

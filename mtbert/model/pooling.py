@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -12,10 +11,13 @@ from torch import Tensor
 from mtbert.kernels.segments import Segments
 from mtbert.model.bert import BertEncoder
 from mtbert.model.context import PackedTokens, TaskSegment
+from mtbert.model.first_tokens import first_tokens, segments_in_rows
 from mtbert.ranges import operation
 
 Pooling = Literal["cls", "pooler", "mean"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+FIRST_TOKEN_POOLINGS: tuple[str, ...] = ("cls", "pooler")
+"""Those that read a row's first token and no other."""
 
 
 @operation("pooling")
@@ -32,11 +34,6 @@ def pool(
     segments: as in the encoder's forward pass, for the parameters of BERT's pooler.
     """
     return _POOLS[pooling](encoder, hidden, batch, chosen, segments)
-
-
-def first_tokens(batch: PackedTokens) -> Tensor:
-    """Place of each row's first token, int32 [N]. A row without tokens points to some token of the stream."""
-    return batch.cu_seqlens[:-1].clamp(max=batch.input_ids.shape[0] - 1)
 
 
 def part(x: Tensor, places: range) -> Tensor:
@@ -81,25 +78,6 @@ def _pool_mean(
 
 _Pool = Callable[[BertEncoder, Tensor, PackedTokens, Sequence[TaskSegment], Segments | None], Tensor]
 _POOLS: dict[str, _Pool] = {"cls": _pool_cls, "pooler": _pool_pooler, "mean": _pool_mean}
-
-
-def segments_in_rows(segments: Segments, chosen: Sequence[TaskSegment]) -> Segments:
-    """The same groups with bounds in the rows of the chosen segments, which stand end to end.
-
-    ValueError where a segment's tokens lie in no single group. (One without tokens, whose rows get no gradient, counts
-    to the group before it.)
-    """
-    counts = [0] * segments.count
-    group = 0
-    for segment in chosen:
-        while group < segments.count and segment.tokens.stop > segments.bounds[group + 1]:
-            group += 1
-        if group == segments.count or segment.tokens.start < segments.bounds[group]:
-            raise ValueError(
-                f"segment {segment.stream} is in no single group of tokens: {segment.tokens} of {segments.bounds}"
-            )
-        counts[group] += len(segment.rows)
-    return Segments((0, *accumulate(counts)), segments.companions)
 
 
 def _first_rows(hidden: Tensor, batch: PackedTokens, chosen: Sequence[TaskSegment]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,14 @@ class Projection(nn.Module):
         return _adapter(self.task_adapters, task)
 
 
+class _Block(NamedTuple):
+    """Some of query, key and value, with their rows of the fused weight and bias."""
+
+    parts: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor
+
+
 class QueryKeyValue(nn.Module):
     """The three projections before attention as one linear layer; each third may carry an adapter."""
 
@@ -73,38 +84,67 @@ class QueryKeyValue(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext, site: int) -> Tensor:
         """[T, C] -> [T, 3C]: query, key, value."""
+        return self._project(x, context, site, _Block(self.PARTS, self.weight, self.bias))
+
+    def apart(
+        self, x: Tensor, first: Tensor, context: ForwardContext, rows: ForwardContext, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """Queries of the first tokens, keys and values of all tokens: [N, C] and [T, 2C].
+
+        x: [T, C], all tokens, which are those of `context`; first: [N, C], the first tokens, which are those of `rows`.
+        """
+        width = x.shape[1]
+        sizes = (width, 2 * width)
+        weights, biases = self.weight.split(sizes), self.bias.split(sizes)
+        query, key_value = (
+            _Block(parts, weight, bias)
+            for parts, weight, bias in zip((self.PARTS[:1], self.PARTS[1:]), weights, biases, strict=True)
+        )
+
+        def with_parts(one: ForwardContext) -> ForwardContext:
+            if one.segments is None:
+                return one
+            segments = one.segments.with_parts(self.weight, weights).with_parts(self.bias, biases)
+            return replace(one, segments=segments)
+
+        return (
+            self._project(first, with_parts(rows), site, query),
+            self._project(x, with_parts(context), site, key_value),
+        )
+
+    def _project(self, x: Tensor, context: ForwardContext, site: int, block: _Block) -> Tensor:
         if self.task_adapters:
             return context.by_task(
-                lambda task, tokens: self._adapted(x, context, site, self._of_task(task), tokens)
+                lambda task, tokens: self._adapted(x, context, site, block, self._of_task(task), tokens)
             )
-        return self._adapted(x, context, site, self.adapters)
+        return self._adapted(x, context, site, block, self.adapters)
 
     def _adapted(
         self,
         x: Tensor,
         context: ForwardContext,
         site: int,
+        block: _Block,
         adapters: nn.ModuleDict,
         tokens: slice | None = None,
     ) -> Tensor:
         dropout_row, segments = context.batch.dropout_row, context.segments
         if tokens is not None:
             x, dropout_row, segments = x[tokens], dropout_row[tokens], None
-        found = [_adapter(adapters, part) for part in self.PARTS]
+        found = [_adapter(adapters, part) for part in block.parts]
         active = [adapter for adapter in found if adapter is not None and not adapter.merged]
         if not active:
-            return kernels.linear(x, self.weight, self.bias, segments=segments)
-        query, key, value = ((a.lora_a, a.lora_b) if a is not None else None for a in found)
-        return kernels.lora_qkv(
-            x,
-            self.weight,
-            self.bias,
-            (query, key, value),
-            scale=active[0].scale,
-            dropout_row=dropout_row,
-            dropout=context.mask(active[0].dropout, site),
-            segments=segments,
-        )
+            return kernels.linear(x, block.weight, block.bias, segments=segments)
+        options: dict[str, Any] = {
+            "scale": active[0].scale,
+            "dropout_row": dropout_row,
+            "dropout": context.mask(active[0].dropout, site),
+            "segments": segments,
+        }
+        pairs = tuple((a.lora_a, a.lora_b) if a is not None else None for a in found)
+        if len(pairs) == 1 and pairs[0] is not None:
+            return kernels.lora_linear(x, block.weight, block.bias, *pairs[0], **options)
+        return kernels.lora_qkv(x, block.weight, block.bias, pairs, **options)
 
     def adapter(self, part: str) -> LoraAdapter | None:
         """The adapter of `query`, `key` or `value`, if it has one for all tasks."""

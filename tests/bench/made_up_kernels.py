@@ -96,7 +96,7 @@ def recorded_keys() -> dict[str, dict[str, list[str]]]:
     found = {}
     for operation in OPERATIONS:
         for segments in (0, 3):
-            if segments and operation in ("attention", "softmax", "dropout"):
+            if segments and operation in ("attention", "first_token_attention", "softmax", "dropout"):
                 continue
             found[f"{operation}, {segments} segments"] = {
                 name: sorted(

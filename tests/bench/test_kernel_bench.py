@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from bench import gpu, kernel_bytes
 from bench.kernel_calls import OPERATIONS, Setting, linear_bias_gelu
 from bench.kernel_comparisons import AIMS, COPY, OWN, Plan, compare, compare_layer
-from bench.kernel_peers import PEERS, Parts, _nested, _padded
+from bench.kernel_peers import PEERS, Parts, _nested, _padded, _padded_first_tokens
 from bench.kernel_shapes import BERT_BASE, MINILM, REVIEWS, SENTENCES, Encoder, draw_lengths
 from bench.kernel_timing import Stopwatch, fastest_product, timed_side
 from bench.measure import Alternation
@@ -100,6 +100,12 @@ def test_least_bytes_and_flops_by_hand() -> None:
     slots = kernel_bytes.least("embedding", replace(s, groups=2, slots=True), words=4)
     assert slots.backward_bytes == read + x + 2 * (4 + 6 + 2 + 2) * row
 
+    cost = kernel_bytes.least("first_token_attention", s)  # of two rows
+    assert cost.forward_bytes == (2 * 2 + 2 * 5) * 8 * 2 + 2 * 4 + 3 * 4
+    assert cost.backward_bytes == (3 * 2 + 4 * 5) * 8 * 2 + 2 * 4 + 3 * 4
+    assert cost.forward_flops == 2 * 2 * 5 * 8 + 5 * 5 * 2
+    assert cost.backward_flops == 2 * 4 * 5 * 8 + 5 * 5 * 2
+
     cost = kernel_bytes.least("softmax", s)
     assert cost.forward_bytes == (13 * 2 + 5 * 2 * 16) * 2 + 5 * 2 * 8
     assert kernel_bytes.least("dropout", s).bytes == 4 * x + 2 * 5 * 4
@@ -134,7 +140,7 @@ def outputs(forward: Parts) -> list[torch.Tensor]:
         (o, p.name)
         for o in PEERS
         for p in PEERS[o]
-        if "cpu" in p.devices and o not in ("attention", "encoder_layer")
+        if "cpu" in p.devices and o not in ("attention", "first_token_attention", "encoder_layer")
     ],
 )
 def test_a_peer_computes_the_same(operation: str, peer: str) -> None:
@@ -143,6 +149,19 @@ def test_a_peer_computes_the_same(operation: str, peer: str) -> None:
     own = outputs((call.forward, list(call.leaves), call.gradient))
     for mine, theirs in zip(own, outputs(chosen.build(call)), strict=True):
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_first_tokens_in_padded_rows_computes_the_same() -> None:
+    call = OPERATIONS["first_token_attention"](SETTING)
+    inside = torch.arange(9)[None, :] < call.tensors["lengths"][:, None]
+    out, dquery, dkey_value = outputs((call.forward, list(call.leaves), call.gradient))
+    padded, query, *gradients = outputs(_padded_first_tokens(SDPBackend.MATH)(call))
+    for found, expected in (
+        (padded, out),
+        (query, dquery),
+        (torch.stack([g[inside] for g in gradients], 1), dkey_value),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padded_and_nested_attention_compute_the_same() -> None:

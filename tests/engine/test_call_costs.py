@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.assembly import assemble, tiny_config
+from support.assembly import Assembly, assemble, tiny_config
 from support.ranges import RecordedRanges
 
 from mtbert import kernels
@@ -19,9 +19,11 @@ from mtbert.engine.call_costs import PRODUCTS, Later, cost_of
 from mtbert.engine.costs import Cost, total
 from mtbert.engine.flops import EncoderSizes, training_flops
 from mtbert.kernels import Dropout
+from mtbert.model.heads import HeadConfig
 from mtbert.model.lora import LoraConfig
 from mtbert.optim.surgery import SurgeryConfig
 from mtbert.ranges import listening
+from mtbert.tasks.config import TaskConfig
 
 
 class Counted(RecordedRanges):
@@ -45,30 +47,65 @@ class Counted(RecordedRanges):
         )
 
 
+LORA = LoraConfig(rank=3, projections=["query", "value", "intermediate"])
+SIZES = EncoderSizes(2, 32, 64)
+
+
+def step_of(
+    bert: Path, cache: Path, pooling: Any, **changes: Any
+) -> tuple[Counted, dict[str, np.ndarray], Assembly]:
+    """The calls of a step of `mode`, every head with that pooling; the rows' lengths by task."""
+    heads = {
+        name: TaskConfig(batch_size=6, max_length=64, head=HeadConfig(pooling=pooling))
+        for name in ("sst", "para", "sts")
+    }
+    config = tiny_config(bert, cache, task=heads, **changes)
+    if config.mode == "lora":
+        config.model = replace(config.model, lora=LORA)
+    assembly = assemble(config, dtype=torch.float32)
+    plan = {name: batches.batch(0) for name, batches in assembly.batches.items()}
+    with listening(counted := Counted()):
+        assembly.step.accumulate(plan, 0)
+    return counted, plan, assembly
+
+
+def lengths_of(plan: dict[str, np.ndarray], assembly: Assembly) -> np.ndarray:
+    return np.concatenate([assembly.data[name]["train"].lengths[rows] for name, rows in plan.items()])
+
+
 @pytest.mark.parametrize("surgery", ["sum", "pcgrad"])
 @pytest.mark.parametrize("max_tokens", [4096, 128])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_products_of_a_step_are_those_of_its_formula(
     tiny_bert: Path, tmp_path: Path, mode: Any, max_tokens: int, surgery: Any
 ) -> None:
-    lora = LoraConfig(rank=3, projections=["query", "value", "intermediate"])
-    config = tiny_config(
-        tiny_bert, tmp_path, mode=mode, max_tokens=max_tokens, surgery=SurgeryConfig(method=surgery)
-    )
-    if mode == "lora":
-        config.model = replace(config.model, lora=lora)
-    assembly = assemble(config, dtype=torch.float32)
-    plan = {name: batches.batch(0) for name, batches in assembly.batches.items()}
-    with listening(counted := Counted()):
-        assembly.step.accumulate(plan, 0)
-    lengths = np.concatenate([assembly.data[name]["train"].lengths[rows] for name, rows in plan.items()])
-    sizes = EncoderSizes(2, 32, 64)
-    expected = training_flops(sizes, lengths, mode, rank=3, adapted=lora.projections)
+    """The formula's is the plain algorithm: with heads that read every token."""
+    changes = {"mode": mode, "max_tokens": max_tokens, "surgery": SurgeryConfig(method=surgery)}
+    counted, plan, assembly = step_of(tiny_bert, tmp_path, "mean", **changes)
+    lengths = lengths_of(plan, assembly)
+    expected = training_flops(SIZES, lengths, mode, rank=3, adapted=LORA.projections)
     softmax = 2 * 2 * 5 * float((lengths.astype(np.float64) ** 2).sum()) * 2  # layers, passes, heads
     assert counted.flops(*PRODUCTS) - softmax == pytest.approx(expected, rel=1e-12)
     passes = len(plan_passes(plan, {n: s["train"] for n, s in assembly.data.items()}, max_tokens))
     calls = [direction for operation, direction, _ in counted.found if operation == "add_layer_norm"]
     assert calls.count("forward") == calls.count("backward") == 4 * passes
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_last_layer_at_first_tokens_alone_costs_less(tiny_bert: Path, tmp_path: Path, mode: Any) -> None:
+    """In it all but keys and values, and attention's products, falls to one token a row."""
+    counted, plan, assembly = step_of(tiny_bert, tmp_path, "cls", mode=mode)
+    lengths = lengths_of(plan, assembly).astype(np.float64)
+    tokens, squares, left_out = lengths.sum(), (lengths**2).sum(), lengths.sum() - len(lengths)
+    width, inner, heads = SIZES.width, SIZES.inner, 2
+    weights = 2 * width**2 + 2 * width * inner  # of query, attention_output, intermediate and output
+    adapters = 3 * (2 * width + width + inner) if mode == "lora" else 0  # of query and intermediate
+    spared = 2 * left_out * ((2 if mode == "lora" else 3) * weights + 3 * adapters)
+    spared += 6 * 2 * width * (squares - tokens)
+    softmax = 2 * 5 * heads * (squares + tokens)
+    whole = training_flops(SIZES, lengths, mode, rank=3, adapted=LORA.projections)
+    assert counted.flops(*PRODUCTS) - softmax == pytest.approx(whole - spared, rel=1e-12)
+    assert counted.flops("first_token_attention") == 12 * tokens * width + 10 * tokens * heads
 
 
 def cost(operation: str, *args: Any, **kwargs: Any) -> Cost:

@@ -59,7 +59,7 @@ def test_a_step_is_pushed_and_popped(tiny_bert: Path, tmp_path: Path, domain: Do
     step(assemble(config, dtype=torch.float32), config, tmp_path)
     assert domain.open == 0
     assert domain.pushed[0] == "step 1"
-    assert {"forward layer 1 attention", "backward layer 1 attention", "loss sst", "optimizer"} <= set(
+    assert {"forward layer 0 attention", "backward layer 0 attention", "loss sst", "optimizer"} <= set(
         domain.pushed
     )
     assert not list(tmp_path.glob("profile*"))

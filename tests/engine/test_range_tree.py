@@ -32,6 +32,8 @@ LAYER = (
     "output linear",
     "add_layer_norm",
 )
+LAST_LAYER = ("linear", "linear", "first_token_attention", *LAYER[2:])
+"""Where every head reads first tokens."""
 
 
 def step_of(assembly: Assembly, listener: RecordedRanges | None = None, step: int = 3) -> Any:
@@ -73,13 +75,16 @@ def test_a_step_is_named_down_to_the_operation(config: Callable[..., Any], backe
     (forward,), (backward,) = step.find("forward"), step.find("backward")
     names = forward.names()
     assert names[1:3] == ["forward embedding", "forward layer 0"]
-    for number in (0, 1):
+    for number, operations in enumerate((LAYER, LAST_LAYER)):
         (layer,) = forward.find(f"forward layer {number}")
-        assert in_order(layer.names(), *(f"forward layer {number} {each}" for each in LAYER))
+        assert in_order(layer.names(), *(f"forward layer {number} {each}" for each in operations))
     assert {"forward pooling", *(f"forward head {task}" for task in ("sst", "para", "sts"))} <= set(names)
     (loss,) = step.find("loss")
     assert [node.name for node in loss.inner] == ["loss sst", "loss para", "loss sts"]
-    expected = [f"backward layer {number} {each}" for number in (1, 0) for each in reversed(LAYER)]
+    expected = [
+        *(f"backward layer 1 {each}" for each in reversed(LAST_LAYER)),
+        *(f"backward layer 0 {each}" for each in reversed(LAYER)),
+    ]
     flat = backward.names()
     assert in_order(flat, "backward loss sts", "backward head sts", *expected, "backward embedding")
     assert not [name for name in flat[1:] if not name.startswith("backward ")]
@@ -107,11 +112,11 @@ def test_the_passes_of_smart_are_in_its_loss(config: Callable[..., Any]) -> None
     (smart,) = step.find("loss smart")
     assert [node.name for node in smart.inner] == ["forward", "backward", "forward"]
     inner = smart.inner[1].names()
-    assert in_order(inner, "backward layer 1 attention", "backward layer 0 attention")
+    assert in_order(inner, "backward layer 1 first_token_attention", "backward layer 0 attention")
     # The last pass trains: its backward pass is the step's own, beside that of the first one.
     backward = step.inner[-2]
     assert backward.name == "backward"
-    assert len(backward.find("backward layer 1 attention")) == 2
+    assert len(backward.find("backward layer 1 first_token_attention")) == 2
     assert not [name for name in step.names() if name.startswith("recompute")]
 
 
@@ -142,15 +147,17 @@ def test_a_layer_that_is_computed_again_says_so(
     name = "__call__" if whole_module else "forward"
     plain = getattr(BertLayer, name)
 
-    def again(self: BertLayer, *args: Any) -> Tensor:
-        return checkpoint(plain, self, *args, use_reentrant=False)
+    def again(self: BertLayer, *args: Any, **options: Any) -> Tensor:
+        return checkpoint(plain, self, *args, use_reentrant=False, **options)
 
     monkeypatch.setattr(BertLayer, name, again)
     step = recorded(assemble(config(), dtype=torch.float32))
     (forward,), (backward,) = step.find("forward"), step.find("backward")
-    assert forward.find("forward layer 1 attention")
+    assert forward.find("forward layer 1 first_token_attention")
     names = backward.names()
-    assert in_order(names, "recompute layer 1 attention", "backward layer 1 attention")
+    assert in_order(
+        names, "recompute layer 1 first_token_attention", "backward layer 1 first_token_attention"
+    )
     assert in_order(names, "recompute layer 0 attention", "backward layer 0 attention")
     assert not [name for name in names if name.startswith("forward")]
 
@@ -183,7 +190,7 @@ def test_ranges_are_closed_after_an_exception(config: Callable[..., Any], where:
     step_of(assembly, listener)  # and the next step begins from nothing
     assert listener.is_closed
     assert [node.name for node in listener.root.inner] == ["step 4"]
-    assert listener.root.find("forward layer 1 attention")
+    assert listener.root.find("forward layer 1 first_token_attention")
 
 
 @pytest.mark.parametrize(

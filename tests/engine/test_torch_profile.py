@@ -103,7 +103,7 @@ def test_a_profiled_run(
 
     names = trace_names(run / "profile" / "trace-steps-3-5.json.gz")
     assert [name for name in names if name.startswith("step ")] == ["step 3", "step 4", "step 5"]
-    assert {"forward layer 1 attention", "backward layer 1 attention", "backward embedding"} <= set(names)
+    assert {"forward layer 0 attention", "backward layer 0 attention", "backward embedding"} <= set(names)
 
     facts = summary(run)
     whole = sum(phase["seconds"] for phase in facts["phases"].values()) + facts["unexplained_seconds"]

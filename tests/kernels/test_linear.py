@@ -159,7 +159,7 @@ def test_a_frozen_weight_in_the_activations_dtype_is_not_copied() -> None:
             r"lora_qkv: weight must be of shape \[3C, K\]",
         ),
         (
-            lambda: lora_qkv(torch.zeros(3, 4), torch.zeros(6, 4), None, (None, None), scale=1.0),
+            lambda: lora_qkv(torch.zeros(3, 4), torch.zeros(6, 4), None, (None,), scale=1.0),
             "lora_qkv: adapters must be three",
         ),
     ],
