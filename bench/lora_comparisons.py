@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ _MACHINES = {machine.name: machine for machine in lora_model.MACHINES}
 @dataclass(frozen=True)
 class Plan:
     """One comparison: x [tokens, inputs] through a frozen weight [outputs, inputs] with an adapter."""
+
+    blocks: ClassVar[int] = 1
+    """Of outputs in the weight, each with an adapter."""
 
     tokens: int
     inputs: int
@@ -79,7 +82,13 @@ class Plan:
             if name in torch.cuda.get_device_name(self.device):
                 rank = next(padded for padded in RANKS if padded >= self.rank)
                 shape = lora_model.Shape(
-                    self.tokens, self.inputs, self.outputs, rank, self.p > 0, size=self.dtype.itemsize
+                    self.tokens,
+                    self.inputs,
+                    self.blocks * self.outputs,
+                    rank,
+                    self.p > 0,
+                    self.blocks,
+                    self.dtype.itemsize,
                 )
                 seconds = lora_model.forward(machine, shape).best
                 return 1e6 * (seconds + lora_model.backward(machine, shape).own * self.backward)
@@ -97,33 +106,60 @@ class Inputs:
             drawn = torch.randn(*shape, generator=generator, device=plan.device)
             return (drawn * scale).to(plan.dtype)
 
+        outputs = plan.blocks * plan.outputs
         self.x = random(plan.tokens, plan.inputs)
-        self.weight = random(plan.outputs, plan.inputs, scale=plan.inputs**-0.5)
-        self.bias = random(plan.outputs)
-        self.a = random(plan.rank, plan.inputs, scale=plan.inputs**-0.5)
-        self.b = random(plan.outputs, plan.rank, scale=0.1)
-        self.gradient = random(plan.tokens, plan.outputs)
+        self.weight = random(outputs, plan.inputs, scale=plan.inputs**-0.5)
+        self.bias = random(outputs)
+        self.adapters = [
+            (
+                random(plan.rank, plan.inputs, scale=plan.inputs**-0.5),
+                random(plan.outputs, plan.rank, scale=0.1),
+            )
+            for _ in range(plan.blocks)
+        ]
+        self.gradient = random(plan.tokens, outputs)
         self.rows = torch.arange(plan.tokens, dtype=torch.int32, device=plan.device)
 
     def leaf(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy that takes a gradient."""
         return tensor.detach().to(dtype or tensor.dtype).clone().requires_grad_()
 
-    def passes(self, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
-        """Forward and the gradients of the leaves, or forward alone without anything kept for them."""
+    def adapter_leaves(self, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the adapters that take gradients."""
+        return [(self.leaf(a, dtype), self.leaf(b, dtype)) for a, b in self.adapters]
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """That of mtbert's sides."""
+        return Dropout(self.plan.p, 2**40 + 5, 7, 1) if self.plan.p else None
+
+    def passes(
+        self, forward: Callable[[], Tensor | list[Tensor]], leaves: Sequence[Tensor]
+    ) -> Callable[[], object]:
+        """Forward and the gradients of the leaves, or forward alone without anything kept for them.
+
+        forward: the result, or its blocks of columns, which are given their parts of its gradient.
+        """
         if not self.plan.backward:
             return torch.no_grad()(forward)
-        return lambda: torch.autograd.grad(forward(), leaves, self.gradient)
+
+        def both() -> object:
+            result = forward()
+            whole = isinstance(result, Tensor)
+            return torch.autograd.grad(
+                result, leaves, self.gradient if whole else self.gradient.chunk(len(result), 1)
+            )
+
+        return both
 
 
 def own(t: Inputs, dtype: torch.dtype | None = None) -> Callable[[], object]:
     """The public operation, by whatever dispatch gives it; adapters in `dtype`, else in that of x."""
-    x, a, b = t.leaf(t.x), t.leaf(t.a, dtype), t.leaf(t.b, dtype)
-    dropout = Dropout(t.plan.p, 2**40 + 5, 7, 1) if t.plan.p else None
+    x, ((a, b),) = t.leaf(t.x), t.adapter_leaves(dtype)
 
     def forward() -> Tensor:
         return kernels.lora_linear(
-            x, t.weight, t.bias, a, b, scale=SCALE, dropout_row=t.rows, dropout=dropout
+            x, t.weight, t.bias, a, b, scale=SCALE, dropout_row=t.rows, dropout=t.dropout
         )
 
     return t.passes(forward, [x, a, b])
@@ -141,7 +177,7 @@ def _compose(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, p: f
 
 def composed(t: Inputs, *, compiled: bool = False) -> Callable[[], object]:
     """As the formula reads."""
-    x, a, b = t.leaf(t.x), t.leaf(t.a), t.leaf(t.b)
+    x, ((a, b),) = t.leaf(t.x), t.adapter_leaves()
     # A function of this side's own: with one for all, torch would compile for sizes that vary.
     run = torch.compile(lambda *given: _compose(*given), dynamic=False) if compiled else _compose
     return t.passes(lambda: run(x, t.weight, t.bias, a, b, t.plan.p), [x, a, b])
@@ -149,25 +185,33 @@ def composed(t: Inputs, *, compiled: bool = False) -> Callable[[], object]:
 
 def peft(t: Inputs, *, wide: bool) -> Callable[[], object]:
     """PEFT's layer. wide: with adapters in float32, as it makes them from half-width models."""
+    (layer,), leaves = peft_layers(t, wide=wide)
+    x = t.leaf(t.x)
+    return t.passes(lambda: layer(x), [x, *leaves])
+
+
+def peft_layers(t: Inputs, *, wide: bool) -> tuple[list[Any], list[Tensor]]:
+    """A layer of PEFT's for each block of outputs, in training, and their A and B."""
     from peft import LoraConfig, get_peft_model
 
     plan = t.plan
-    linear = nn.Linear(plan.inputs, plan.outputs, device=plan.device, dtype=plan.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(t.weight)
-        linear.bias.copy_(t.bias)
-    config = LoraConfig(
-        r=plan.rank, lora_alpha=SCALE * plan.rank, lora_dropout=plan.p, target_modules=["linear"]
+    names = [f"linear{block}" for block in range(plan.blocks)]
+    linears = nn.ModuleDict(
+        {name: nn.Linear(plan.inputs, plan.outputs, device=plan.device, dtype=plan.dtype) for name in names}
     )
-    model = nn.ModuleDict({"linear": linear})
-    layer: Any = get_peft_model(model, config, autocast_adapter_dtype=wide).base_model.model["linear"]  # type: ignore[arg-type]
-    layer.train()
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    config = LoraConfig(r=plan.rank, lora_alpha=SCALE * plan.rank, lora_dropout=plan.p, target_modules=names)
+    model: Any = get_peft_model(linears, config, autocast_adapter_dtype=wide).base_model.model  # type: ignore[arg-type]
+    layers = [model[name].train() for name in names]
+    leaves: list[Tensor] = []
+    blocks = zip(layers, t.weight.chunk(plan.blocks), t.bias.chunk(plan.blocks), t.adapters, strict=True)
     with torch.no_grad():
-        a.copy_(t.a)
-        b.copy_(t.b)
-    x = t.leaf(t.x)
-    return t.passes(lambda: layer(x), [x, a, b])
+        for layer, weight, bias, pair in blocks:
+            layer.base_layer.weight.copy_(weight)
+            layer.base_layer.bias.copy_(bias)
+            for module, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+                module["default"].weight.copy_(value)
+                leaves.append(module["default"].weight)
+    return layers, leaves
 
 
 BUILDERS: dict[str, Callable[[Inputs], Callable[[], object]]] = {
@@ -186,22 +230,25 @@ def compare(
     stopwatch: Stopwatch,
     measure: Callable[[Alternation], None],
     *,
+    builders: Mapping[str, Callable[[Inputs], Callable[[], object]]] = BUILDERS,
     without: Sequence[str] = (),
 ) -> Comparison:
     """All sides but those left out; the unit is tokens a second. `measure` runs the rounds.
+
+    A peer that cannot be built is left out and named, one of mtbert's or the bare product is an error.
 
     Of mtbert's side the model's prediction is recorded beside the microseconds.
     """
     inputs = Inputs(plan)
     sides: list[Side] = []
     left_out: list[str] = []
-    for name, build in BUILDERS.items():
+    for name, build in builders.items():
         if name in without:
             continue
         try:
             sides.append(timed_side(name, build(inputs), stopwatch, plan.tokens))
         except Exception as error:  # a peer that is not installed, or refuses in whatever way
-            if name in (OWN, OWN_WIDE, BARE):
+            if name == BARE or name.startswith(OWN):
                 raise
             left_out.append(f"{name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})")
     predicted = plan.predicted()

@@ -32,10 +32,20 @@ EXPOSED = 0.25
 """Part of the shorter of matrix work and draws that the longer does not hide. Assumed, not measured."""
 TILE_SECONDS = 0.35e-6
 """Of a tile of 128 x 128: to fill the pipeline and to store the result. Assumed; others in proportion to their size."""
-THIN = (64, 128)
-"""Rows and columns of a tile of the passes over x or dy."""
+WIDE, NARROW = (128, 256), (64, 128)
+"""Rows and columns of the tiles of the mma.sync kernels."""
+NARROW_PRODUCTS = 1.1
+"""Time of a narrow tile's products, of a quarter of a wide one's: more traffic through shared memory. Assumed."""
+MOST_WIDE_RANK = 16
+"""With which the fused mma.sync kernel has registers for wide tiles."""
+DRAW_COLUMNS = 18
+"""What drawing costs each row of a tile that makes s, in columns of its product."""
+THIN_ROWS = 64
+"""Of a tile of the passes over x or dy, which is as large as a narrow one."""
 LIBRARY_ROWS = 128
 """Of the tiles of cuBLAS and of the wgmma kernels."""
+WGMMA_COSTS = {256: 256 + 32, 192: 192 + 32, 128: 144 + 32}
+"""What a tile costs by its width, as the wgmma kernels' launcher weighs widths against each other."""
 LANES = 8
 """Elements of one draw."""
 _FLOAT = 4
@@ -97,10 +107,12 @@ class Tile:
     flops: float
     draws: float = 0.0
     overhead: float = TILE_SECONDS
+    slower: float = 1.0
+    """Its products than those of a large product."""
 
     def seconds(self, machine: Machine, rate: float) -> float:
         """On one multiprocessor. rate: FLOP a second of the whole machine for these elements."""
-        matrix = self.flops / (rate / machine.multiprocessors)
+        matrix = self.slower * self.flops / (rate / machine.multiprocessors)
         draw = self.draws * PHILOX_INSTRUCTIONS / 32 / SCHEDULERS / machine.clock
         return max(matrix, draw) + EXPOSED * min(matrix, draw) + self.overhead
 
@@ -156,7 +168,12 @@ def _product(m: int, n: int, k: int, size: int, shape: TileShape, blocks: int = 
 
 def _tile(shape: TileShape, flops: float, draws: float = 0.0) -> Tile:
     rows, columns = shape
-    return Tile(flops, draws, TILE_SECONDS * rows * columns / 128**2)
+    slower = NARROW_PRODUCTS if shape == NARROW else 1.0
+    return Tile(flops, draws, TILE_SECONDS * rows * columns / 128**2, slower)
+
+
+def _thin_tile(flops: float, draws: float = 0.0) -> Tile:
+    return Tile(flops, draws, TILE_SECONDS / 2)
 
 
 def frozen_forward(shape: Shape, tile: TileShape) -> Cost:
@@ -209,9 +226,9 @@ def _runs(machine: Machine, shape: Shape, tile: TileShape) -> tuple[int, int, tu
 
 def thin(shape: Shape) -> Cost:
     """s = dropout(x) A^T alone. Bytes: x, A, the mask's rows in; s out. Draws: one for eight elements of x."""
-    m, k, rows = shape.rows, shape.inputs, THIN[0]
+    m, k, rows = shape.rows, shape.inputs, THIN_ROWS
     moved = (m * k + shape.low * k + m * shape.low) * shape.size + _INDEX * m * shape.dropout
-    tile = _tile(THIN, 2.0 * rows * k * shape.low, rows * k / LANES * shape.dropout)
+    tile = _thin_tile(2.0 * rows * k * shape.low, rows * k / LANES * shape.dropout)
     return Cost(moved, tile, math.ceil(m / rows))
 
 
@@ -223,13 +240,25 @@ def given_forward(shape: Shape, tile: TileShape) -> Cost:
     return Cost(moved, _tile(tile, 2.0 * tile[0] * tile[1] * (k + r)), base.tiles)
 
 
-def _low_parts(shape: Shape) -> tuple[int, int]:
-    """Pieces of the rows and of the columns that dy is cut into: 128 rows at least, about 128 of both in all."""
-    slab = 128 * max(1, math.ceil(shape.rows / 128**2))
-    pieces = math.ceil(shape.rows / slab)
+def low_parts(shape: Shape) -> tuple[int, int]:
+    """Pieces of the rows and of the columns that dy is cut into: about 128 of both in all, and the smallest parts.
+
+    A piece of rows is of a multiple of 128: up to 512 where s leaves room for so many.
+    """
     steps = math.ceil(shape.outputs // shape.blocks * shape.size / 128)
-    wanted = math.ceil(128 / (pieces * shape.blocks))
-    return pieces, math.ceil(steps / math.ceil(steps / min(steps, wanted)))
+    least = max(1, math.ceil(shape.rows / 128**2))
+    ways: list[tuple[int, int]] = []
+    for lines in range(least, max(least, 4 if shape.rank * shape.size <= 64 else 1) + 1):
+        pieces = math.ceil(shape.rows / (128 * lines))
+        wanted = math.ceil(128 / (pieces * shape.blocks))
+        ways.append((pieces, math.ceil(steps / math.ceil(steps / min(steps, wanted)))))
+    enough = min(math.prod(ways[0]), math.ceil(128 / shape.blocks))
+
+    def parts(way: tuple[int, int]) -> int:
+        pieces, splits = way
+        return shape.outputs * pieces * (pieces > 1) + shape.rows * shape.blocks * splits * (splits > 1)
+
+    return min((way for way in ways if math.prod(way) >= enough), key=parts)
 
 
 def low(shape: Shape) -> tuple[Cost, Cost]:
@@ -239,13 +268,13 @@ def low(shape: Shape) -> tuple[Cost, Cost]:
     piece of rows, M J R for each of columns; then the parts in and the sums out. FLOPs: 2 M N R twice.
     """
     m, n, r = shape.rows, shape.outputs, shape.rank
-    pieces, splits = _low_parts(shape)
+    pieces, splits = low_parts(shape)
     of_b, of_ds = n * r * _FLOAT, m * shape.low * _FLOAT
     parts = pieces * of_b * (pieces > 1) + splits * of_ds * (splits > 1)
     sums = of_b + m * shape.low * shape.size
     tiles = pieces * shape.blocks * splits
     moved = (m * n + n * r + m * shape.low) * shape.size + (parts or sums)
-    return Cost(moved, _tile(THIN, 4.0 * m * n * r / tiles), tiles), _moved(parts + sums if parts else 0.0)
+    return Cost(moved, _thin_tile(4.0 * m * n * r / tiles), tiles), _moved(parts + sums if parts else 0.0)
 
 
 def input_gradient(shape: Shape, tile: TileShape) -> Cost:
@@ -271,7 +300,7 @@ def grad_a(shape: Shape) -> tuple[Cost, Cost]:
     result = shape.low * k * _FLOAT
     moved = (m * k + m * shape.low) * shape.size + _INDEX * m * shape.dropout + pieces * result
     tiles = pieces * runs
-    work = _tile(THIN, 2.0 * m * k * shape.low / tiles, m * k / LANES * shape.dropout / tiles)
+    work = _thin_tile(2.0 * m * k * shape.low / tiles, m * k / LANES * shape.dropout / tiles)
     return Cost(moved, work, tiles), _moved((pieces + 1) * result if pieces > 1 else 0.0)
 
 
@@ -310,20 +339,35 @@ def uses_sm90(machine: Machine, shape: Shape) -> bool:
     return machine.architecture // 10 == 9 and shape.size == 2
 
 
-def tile_shapes(
-    machine: Machine, shape: Shape, columns: int, blocks: int, most_rank: int = 64
-) -> list[TileShape]:
-    """The tiles among which the extension chooses for a result of so many columns.
-
-    The wgmma kernels take the fastest of three. With mma.sync the wide tile is for 16-bit elements, where there are
-    enough of it and little of it is beyond the columns, and in the fused kernel for ranks up to `most_rank`.
+def takes_wide(rows: int, columns: int, blocks: int, low_columns: int = 0) -> bool:
+    """Whether the mma.sync kernels take wide tiles for a product of 16-bit elements: what the busiest of an A100's
+    multiprocessors has to do. low_columns: columns' worth of work beside a tile's own.
     """
+
+    def cost(tile: TileShape, slower: float) -> float:
+        tiles = math.ceil(rows / tile[0]) * math.ceil(columns / tile[1]) * blocks
+        return math.ceil(tiles / A100.multiprocessors) * tile[0] * (tile[1] + low_columns) * slower
+
+    return cost(WIDE, 1.0) <= cost(NARROW, NARROW_PRODUCTS)
+
+
+def tile_shape(
+    machine: Machine, shape: Shape, columns: int, blocks: int, *, makes_s: bool = False
+) -> TileShape:
+    """The tile that the extension takes for a result of so many columns in each block."""
     if uses_sm90(machine, shape):
-        return [(LIBRARY_ROWS, width) for width in (128, 192, 256)]
-    wide = math.ceil(columns / 256)
-    enough = math.ceil(shape.rows / 128) * wide * blocks >= 120
-    fits = wide * 256 * 10 <= math.ceil(columns / 128) * 128 * 11
-    return [(128, 256)] if shape.size == 2 and enough and fits and shape.rank <= most_rank else [(64, 128)]
+        pair, most = (
+            (2, H200.multiprocessors // 2) if shape.rows > LIBRARY_ROWS else (1, H200.multiprocessors)
+        )
+        rows = math.ceil(shape.rows / (LIBRARY_ROWS * pair)) * blocks
+
+        def cost(width: int) -> int:
+            return math.ceil(rows * math.ceil(columns / width) / most) * WGMMA_COSTS[width]
+
+        return LIBRARY_ROWS, min(WGMMA_COSTS, key=cost)
+    low = shape.rank + DRAW_COLUMNS * shape.dropout if makes_s else 0
+    fits = shape.size == 2 and (shape.rank <= MOST_WIDE_RANK or not makes_s)
+    return WIDE if fits and takes_wide(shape.rows, columns, blocks, low) else NARROW
 
 
 def _library(cost: Callable[[Shape, TileShape], Cost], machine: Machine, shape: Shape) -> float:
@@ -344,16 +388,12 @@ def forward(machine: Machine, shape: Shape) -> Forward:
         kernels.append(_moved(2 * m * k * size + _INDEX * m, m * k / LANES))
     composed = bare + sum(kernel.seconds(machine, mma) for kernel in kernels)
     of_block = n // shape.blocks
-    fused, given = (
-        min(
-            cost(tile).seconds(machine, rate)
-            for tile in tile_shapes(machine, shape, of_block, shape.blocks, most)
-        )
-        for cost, most in (
-            (lambda tile: fused_forward(machine, shape, tile), 16),
-            (lambda tile: given_forward(shape, tile), 64),
-        )
-    )
+    tiles = {
+        makes_s: tile_shape(machine, shape, of_block, shape.blocks, makes_s=makes_s)
+        for makes_s in (True, False)
+    }
+    fused = fused_forward(machine, shape, tiles[True]).seconds(machine, rate)
+    given = given_forward(shape, tiles[False]).seconds(machine, rate)
     return Forward(bare, composed, fused, thin(shape).seconds(machine, mma) + given)
 
 
@@ -374,8 +414,7 @@ def backward(machine: Machine, shape: Shape) -> Backward:
         kernels += 2 * [_moved(2 * m * k * size + _INDEX * m, m * k / LANES)]
     composed = bare + sum(kernel.seconds(machine, mma) for kernel in kernels)
     mine = sum(kernel.seconds(machine, mma) for kernel in (*low(shape), *grad_a(shape)) if kernel.bytes)
-    tiles = tile_shapes(machine, shape, k, 1)
-    mine += min(input_gradient(shape, tile).seconds(machine, rate) for tile in tiles)
+    mine += input_gradient(shape, tile_shape(machine, shape, k, 1)).seconds(machine, rate)
     return Backward(bare, composed, mine)
 
 

@@ -1,4 +1,7 @@
-"""A LoRA linear beside the bare frozen product, PyTorch's operations and PEFT; on a CPU small, to run the harness."""
+"""A LoRA linear, and queries, keys and values, beside the bare frozen product, PyTorch's operations and PEFT.
+
+On a CPU small, to run the harness.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 
 from bench.kernel_session import Kernels
 from bench.lora_comparisons import COMPILED, Plan, compare
+from bench.lora_qkv_comparisons import BUILDERS, QkvPlan
 from mtbert.engine.precision import resolve_device
 
 TOKENS = {"cuda": 8192, "cpu": 64}
@@ -21,9 +25,9 @@ RANKS = {"cuda": (8, 32, 64), "cpu": (4,)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The sizes and ranks of the device."""
+    """The sizes, ranks and widths of the device."""
     device = resolve_device(metafunc.config.getoption("--device")).type
-    for name, values in (("size", SIZES[device]), ("rank", RANKS[device])):
+    for name, values in (("size", SIZES[device]), ("rank", RANKS[device]), ("width", WIDTHS[device])):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values, ids=str)
 
@@ -35,6 +39,19 @@ def run(kernels: Kernels, benchmark: Any, size: tuple[int, int], rank: int, p: f
     without = () if rank == 16 and device.type == "cuda" else (COMPILED,)
     kernels.run(
         plan.name, lambda measure: compare(plan, kernels.stopwatch, measure, without=without), benchmark
+    )
+
+
+WIDTHS = {"cuda": (768, 1024, 384), "cpu": (64,)}
+"""Of queries, keys and values, and of x."""
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+def test_queries_keys_and_values(kernels: Kernels, benchmark: Any, width: int, backward: bool) -> None:
+    device = kernels.device
+    plan = QkvPlan(TOKENS[device.type], width, width, 16, 0.1, device, kernels.dtype, backward)
+    kernels.run(
+        plan.name, lambda measure: compare(plan, kernels.stopwatch, measure, builders=BUILDERS), benchmark
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +116,10 @@ def _triton(operation: str, *more: Condition) -> Row:
     return Row(operation, "triton", backends, conditions, "Triton")
 
 
-def _reference(operation: str) -> Row:
-    return Row(operation, "reference", ("reference",), (), "plain PyTorch serves every device and dtype")
+def _reference(operation: str, *more: str) -> Row:
+    """more: backends that have nothing of their own for the operation, and are answered to as well."""
+    reason = "plain PyTorch serves every device and dtype"
+    return Row(operation, "reference", ("reference", *more), (), reason)
 
 
 def _products(operation: str) -> Row:
@@ -219,7 +221,7 @@ TABLE: tuple[Row, ...] = (
     _triton("first_token_attention", _TRITON_HEAD_DIM, _ROW_LENGTH),
     _reference("first_token_attention"),
     _triton("softmax"),
-    _reference("softmax"),
+    _reference("softmax", "cpu"),
     _cpu("embedding", "embedding_forward", _TABLE_DTYPE),
     _triton("embedding", _TRITON_WIDTH, _TABLE_DTYPE, _FEW_TYPES),
     _reference("embedding"),
@@ -295,7 +297,14 @@ def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> 
         raise ValueError(
             f"dispatch: unknown operation {operation!r}, expected one of {', '.join(OPERATIONS)}"
         )
-    facts = {"device": device, "dtype": dtype, **shape}
+    implementation, reason = _choose(operation, {"device": device, "dtype": dtype, **shape})
+    if implementation is None:
+        raise ConfigError(_unserved([operation], device, dtype, reason))
+    return implementation, reason
+
+
+def _choose(operation: str, facts: Facts) -> tuple[str | None, str]:
+    """The implementation that serves, and why; or None, and why none does."""
     chosen = backend()
     rows = [
         row for row in TABLE if row.operation == operation and (chosen == "auto" or chosen in row.backends)
@@ -306,12 +315,12 @@ def select(operation: str, *, device: str, dtype: torch.dtype, **shape: Any) -> 
         if not failures:
             return row.implementation, "; ".join([row.reason, *problems])
         problems.append(f"not {row.implementation}: {', '.join(failures)}")
-    if not rows:
-        raise ConfigError(f"kernels={chosen}: no {chosen} implementation of {operation} is available")
+    return None, "; ".join(problems) or f"there is no {chosen} implementation"
+
+
+def _unserved(operations: Sequence[str], device: str, dtype: torch.dtype, reason: str) -> str:
     name = str(dtype).removeprefix("torch.")
-    raise ConfigError(
-        f"kernels={chosen} cannot serve {operation} for {name} on {device}: {'; '.join(problems)}"
-    )
+    return f"kernels={backend()} cannot serve {', '.join(operations)} for {name} on {device}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -325,10 +334,22 @@ class Explanation:
 
 def explain(device: str, dtype: torch.dtype) -> list[Explanation]:
     """One explanation for each operation, at ordinary shapes, under the backend in force."""
-    explanations = []
-    for operation in OPERATIONS:
-        try:
-            explanations.append(Explanation(operation, *select(operation, device=device, dtype=dtype)))
-        except ConfigError as error:
-            explanations.append(Explanation(operation, None, str(error)))
-    return explanations
+    facts = {"device": device, "dtype": dtype}
+    return [Explanation(operation, *_choose(operation, facts)) for operation in OPERATIONS]
+
+
+def serving(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """The implementation of every operation, at ordinary shapes, under the backend in force.
+
+    Raises ConfigError where there is none, with one line for each reason, which names all operations it holds for.
+    """
+    served: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
+    for found in explain(device, dtype):
+        if found.implementation is None:
+            missing.setdefault(found.reason, []).append(found.operation)
+        else:
+            served[found.operation] = found.implementation
+    if missing:
+        raise ConfigError("\n".join(_unserved(names, device, dtype, why) for why, names in missing.items()))
+    return served

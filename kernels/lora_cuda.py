@@ -124,12 +124,18 @@ def _lora(
         s=s.data_ptr(),
         x_stride=_stride(x),
         out_stride=out.shape[1],
+        ranks=_ranks((a0, a1, a2), a, b),
         scale=scale,
         **_shape(x.shape[0], a, b),
         **_mask(dropout_row, mask, step),
         **_place(x),
     )
     return out, s
+
+
+def _ranks(adapters: Sequence[Tensor | None], a: Tensor, b: Tensor) -> list[int]:
+    """That of each block, 0 without an adapter: what the kernels may use of the packed ones."""
+    return [0 if own is None else own.shape[0] for own in adapters[: a.shape[0] // b.shape[1]]]
 
 
 def _outputs(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +157,7 @@ def _lora_backward(
     s: Tensor | None,
     bounds: Tensor | None,
     groups: int,
+    ranks: list[int],
     scale: float,
     dropout_row: Tensor | None,
     mask: list[int],
@@ -159,7 +166,8 @@ def _lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [T, K] and, float32, of the packed adapters, [groups, J * R, K] and [groups, N, R].
 
-    needs: which of them; the others are empty. x is not read where A needs none, weight where x, and s where B.
+    ranks: those of the blocks; rows of the one and columns of the other beyond them mean nothing. needs: which of them;
+    the others are empty. x is not read where A needs none, weight where x, and s where B.
     """
     dx, grad_a, grad_b = _gradient_outputs(grad, a, b, groups, needs)
     functions, grad = _functions(), _rows(grad)
@@ -176,6 +184,7 @@ def _lora_backward(
         grad_b=extension.pointer(grad_b if needs[2] else None),
         workspace=extension.pointer(workspace),
         grad_stride=_stride(grad),
+        ranks=ranks,
         scale=scale,
         **grouped,
         **shape,
@@ -235,6 +244,7 @@ def _(
     s: Tensor | None,
     bounds: Tensor | None,
     groups: int,
+    ranks: list[int],
     scale: float,
     dropout_row: Tensor | None,
     mask: list[int],
@@ -263,7 +273,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         dropout_row,
         step,
     )
-    ctx.constants = (groups, scale, mask, [need_x, need_a, need_b])
+    ranks = _ranks(inputs[_TAKERS][: 2 * _BLOCKS : 2], a, b)
+    ctx.constants = (groups, ranks, scale, mask, [need_x, need_a, need_b])
     ctx.adapters = [None if p is None else (p.shape, p.dtype) for p in inputs[_TAKERS][: 2 * _BLOCKS]]
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
@@ -281,9 +292,9 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None, *before, *(None,) * (4 * _BLOCKS), *behind)
     x, weight, a, b, s, bounds, dropout_row, step = ctx.saved_tensors
-    groups, scale, mask, needs = ctx.constants
+    groups, ranks, scale, mask, needs = ctx.constants
     dx, grad_a, grad_b = _lora_backward(
-        grad, x, weight, a, b, s, bounds, groups, scale, dropout_row, mask, step, needs
+        grad, x, weight, a, b, s, bounds, groups, ranks, scale, dropout_row, mask, step, needs
     )
     rank = b.shape[1]
     outputs = b.shape[0] // (a.shape[0] // rank)

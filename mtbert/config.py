@@ -15,6 +15,7 @@ import yaml
 
 from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.input_pipeline import InputConfig
 from mtbert.engine.precision import Precision
 from mtbert.engine.pretraining import PretrainingConfig
 from mtbert.engine.profiling import Profile, ProfilingConfig
@@ -113,6 +114,8 @@ class TrainConfig:
     """When and on what to evaluate."""
     run: RunConfig = field(default_factory=RunConfig)
     """Logging and checkpoints."""
+    input: InputConfig = field(default_factory=InputConfig)
+    """How the input of a step is made ready."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     """Which steps profile torch records."""
     task: dict[str, TaskConfig] = field(default_factory=dict)

@@ -121,6 +121,11 @@ class Curriculum(ABC):
 
     # ---- what changes in the course of training ----
 
+    @property
+    def follows_scores(self) -> bool:
+        """Whether evaluations change which examples come next."""
+        return type(self).observe is not Curriculum.observe
+
     def observe(self, dev_scores: Mapping[str, float]) -> None:  # noqa: B027
         """Take note of an evaluation: the headline score of every task on dev. Most curricula do not."""
 

@@ -94,6 +94,10 @@ class MaskedBatch:
             self.targets.to(device, non_blocking=non_blocking),
         )
 
+    def pinned(self) -> MaskedBatch:
+        """The same in page-locked memory."""
+        return MaskedBatch(self.batch.pinned(), self.places.pin_memory(), self.targets.pin_memory())
+
 
 class Masking:
     """Hides tokens: each with `probability`, of which 80 % become the mask, 10 % a random word, 10 % stay.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -68,10 +68,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+    def pinned(self) -> PackedBatch:
+        """The same batch in page-locked memory, which a GPU reads while the host goes on."""
+        return self._mapped(Tensor.pin_memory)
 
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         return PackedBatch(
             move(self.input_ids),
             move(self.token_type_ids),
@@ -158,11 +161,6 @@ def pack(requests: Sequence[Request]) -> PackedBatch:
         max_seqlen=rounded_length(int(lengths.max(initial=1))),
         segments=tuple(segments),
     )
-
-
-def word_ids(request: Request) -> np.ndarray:
-    """The word ids int32 that the rows of a request hold, in their order."""
-    return _rows_of(request.data, np.asarray(request.examples, dtype=np.int64)).ids
 
 
 def make_segment(request: Request, *, first_row: int = 0, first_token: int = 0, tokens: int = 0) -> Segment:

@@ -24,8 +24,7 @@ from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.precision import Precision, compute_dtype, resolve_device
-from mtbert.errors import ConfigError
-from mtbert.kernels.dispatch import explain, set_backend
+from mtbert.kernels.dispatch import serving, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
 from mtbert.model.heads import HeadSpec
@@ -77,13 +76,10 @@ def prepare_machine(config: TrainConfig) -> Machine:
 
 def run_facts(machine: Machine) -> dict[str, Any]:
     """What a run computes on and with: the record of run.json, and what a bit-for-bit resumption depends on."""
-    served = explain(machine.device.type, machine.dtype)
-    missing = [row.reason for row in served if row.implementation is None]
-    if missing:
-        raise ConfigError("; ".join(missing))
+    served = serving(machine.device.type, machine.dtype)
     return environment(machine.device) | {
         "precision": str(machine.dtype).removeprefix("torch."),
-        "kernels": ", ".join(f"{row.operation} {row.implementation}" for row in served),
+        "kernels": ", ".join(f"{operation} {implementation}" for operation, implementation in served.items()),
         "instruction_set": instruction_set(),
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtbert.data.dataset import MAX_POSITIONS, TaskData
 from mtbert.data.packing import Request, make_segment, pack, plan_passes
-from mtbert.engine.forward import ForwardResult, PackedForward, SegmentsOf
+from mtbert.engine.forward import ForwardResult, PackedForward, PassInput, SegmentsOf
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
@@ -32,21 +32,30 @@ class FrozenForward:
             )
         self.packed = packed
         self.model: MultiTaskModel = packed.model
+        self.device = packed.device
         self.dtype = packed.dtype
         self.max_tokens = max_tokens
         self._cache: weakref.WeakKeyDictionary[TaskData, Tensor] = weakref.WeakKeyDictionary()
 
-    def __call__(
-        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    def prepare(self, requests: Sequence[Request]) -> PassInput:
+        """Nothing but the requests: the features are on the device."""
+        return PassInput(tuple(requests))
+
+    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
+        """`run` what is prepared."""
+        return self.run(self.prepare(requests), dropout)
+
+    def run(
+        self, ready: PassInput, dropout: DropoutStream | None, segments: SegmentsOf | None = None
     ) -> ForwardResult:
         """Gather the examples' features, run the heads; `tokens` counts what the features stand for.
 
         No trained parameter is shared here, so that `segments` has nothing to tell apart.
         """
-        device = self.packed.device
+        device = self.device
         found, features, dropout_rows, tokens = [], {}, {}, 0
         with span("data"):
-            for request in requests:
+            for request in ready.requests:
                 data = request.data
                 each = data.rows_per_example
                 rows = (request.examples[:, None] * each + np.arange(each)).reshape(-1)

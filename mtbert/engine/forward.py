@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,16 @@ from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
+
+
+@dataclass(frozen=True)
+class PassInput:
+    """What a forward pass reads, on the host: all that can be made ready before the device is free."""
+
+    requests: tuple[Request, ...]
+    batch: PackedBatch | None = None
+    """The packed rows, in page-locked memory where a GPU will read them; None when the encoder is not run."""
+
 
 SegmentsOf = Callable[[PackedBatch], Segments | None]
 """Where the gradients of a batch's tasks go, when they are wanted one by one."""
@@ -44,13 +55,23 @@ class Forward(Protocol):
         """The model that computes."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the encoder computes in."""
 
-    def __call__(
-        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    def prepare(self, requests: Sequence[Request]) -> PassInput:
+        """The host's part of a pass. Another thread may do it: it touches nothing that a pass changes."""
+
+    def run(
+        self, ready: PassInput, dropout: DropoutStream | None, segments: SegmentsOf | None = None
     ) -> ForwardResult:
-        """Outputs of the requested examples; `dropout=None` is inference."""
+        """The device's part: outputs of the requested examples; `dropout=None` is inference."""
+
+    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
+        """Both parts, one after the other."""
 
 
 class PackedForward:
@@ -61,12 +82,24 @@ class PackedForward:
         self.device = device
         self.dtype = dtype
 
-    def __call__(
-        self, requests: Sequence[Request], dropout: DropoutStream | None, segments: SegmentsOf | None = None
-    ) -> ForwardResult:
-        """Pack, move to the device, run the model."""
+    def prepare(self, requests: Sequence[Request]) -> PassInput:
+        """Pack."""
+        batch = pack(requests)
+        return PassInput(tuple(requests), batch.pinned() if self.device.type == "cuda" else batch)
+
+    def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
+        """Pack, and run the model."""
         with span("data"):
-            batch = pack(requests).to(self.device, non_blocking=True)
+            ready = self.prepare(requests)
+        return self.run(ready, dropout)
+
+    def run(
+        self, ready: PassInput, dropout: DropoutStream | None, segments: SegmentsOf | None = None
+    ) -> ForwardResult:
+        """Move to the device, run the model."""
+        assert ready.batch is not None
+        with span("data"):
+            batch = ready.batch.to(self.device, non_blocking=True)
         with span("forward"):
             rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
         return ForwardResult(batch.segments, rows, outputs, batch.tokens, batch)
@@ -99,10 +132,12 @@ class TrainingPass:
         *,
         dropout: DropoutStream,
         segments: SegmentsOf | None,
+        examples: Mapping[str, np.ndarray],
         step: int,
         progress: float,
     ) -> None:
         self.segments = result.segments
+        self.examples = examples
         self.rows = result.rows
         self.outputs = result.outputs
         self.step = step

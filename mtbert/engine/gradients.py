@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtbert.data.packing import PackedBatch, Request, word_ids
+from mtbert.data.packing import PackedBatch
 from mtbert.kernels.segments import Segments, companion
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.mixout import Mixout
@@ -154,21 +154,21 @@ class OnePassGradients(TaskGradients):
         surgery: Surgery,
         tasks: Sequence[str],
         mixout: Mixout | None,
-        passes: Sequence[Sequence[Request]],
+        words: Tensor | None,
     ) -> None:
-        """passes: all that the step will read; the word table's gradient is kept for its words alone."""
+        """words: int64 on the host, ascending, all that the step will read: the word table's gradient is kept for
+        them alone. None where the table is not trained."""
         super().__init__(model, surgery, tasks, mixout)
         self.words = model.encoder.embeddings.word
         self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
         device = self.words.device
         self.used: Tensor | None = None
         if self.words in self.companions:
-            used = np.unique(np.concatenate([word_ids(r) for requests in passes for r in requests]))
-            slot_of = np.zeros(self.words.shape[0], dtype=np.int32)
-            slot_of[used] = np.arange(len(used), dtype=np.int32)
-            self.used = torch.from_numpy(used.astype(np.int64)).to(device)
-            self.slot_of = torch.from_numpy(slot_of).to(device)
-            self.companions[self.words] = companion(self.words[: len(used)].detach(), len(self.tasks))
+            assert words is not None
+            self.used = words.to(device, non_blocking=True)
+            self.slot_of = torch.zeros(self.words.shape[0], dtype=torch.int32, device=device)
+            self.slot_of[self.used] = torch.arange(len(words), dtype=torch.int32, device=device)
+            self.companions[self.words] = companion(self.words[: len(words)].detach(), len(self.tasks))
 
     def segments(self, batch: PackedBatch) -> Segments | None:
         """The token ranges of the step's tasks in this batch, which holds them in the step's order."""

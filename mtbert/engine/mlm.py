@@ -65,6 +65,15 @@ class MlmForward:
         return scores, losses
 
 
+@dataclass(frozen=True)
+class PreparedMlmStep:
+    """What a step reads, on the host."""
+
+    step: int
+    """Steps taken before this one."""
+    passes: tuple[MaskedBatch, ...]
+
+
 class MlmStep:
     """The training step: its loss is the mean over the hidden tokens of all its passes."""
 
@@ -89,7 +98,20 @@ class MlmStep:
 
     def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Train on the sentences of `plan`; `step`, from 0, selects the masks."""
-        result = self.accumulate(plan, step)
+        with span("data"):
+            ready = self.prepare(plan, step)
+        return self.run(ready, progress)
+
+    def prepare(self, plan: Plan, step: int) -> PreparedMlmStep:
+        """Pack the passes and hide their tokens: the host's part, which another thread may do."""
+        passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
+        if self.forward.device.type == "cuda":
+            passes = [masked.pinned() for masked in passes]
+        return PreparedMlmStep(step, tuple(passes))
+
+    def run(self, ready: PreparedMlmStep, progress: float = 0.0) -> StepResult:
+        """Train on what was prepared."""
+        result = self.backward(ready)
         update(self.optimizer, result, self.clip_norm)
         return result
 
@@ -101,12 +123,15 @@ class MlmStep:
         """Nothing to find again."""
 
     def accumulate(self, plan: Plan, step: int) -> StepResult:
+        """Prepare the step and leave its gradient in `.grad`, unclipped."""
+        return self.backward(self.prepare(plan, step))
+
+    def backward(self, ready: PreparedMlmStep) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
+        step, passes = ready.step, ready.passes
         with span("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
-        with span("data"):
-            passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
         hidden = sum(len(masked.targets) for masked in passes)
         total = torch.zeros((), device=self.forward.device)
         examples: list[tuple[Segment, Tensor]] = []

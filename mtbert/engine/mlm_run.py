@@ -156,6 +156,8 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
                 schedule=ScheduleConfig(),
                 evaluation=config.evaluation,
                 run=config.run,
+                inputs=config.input,
+                device=machine.device,
                 fingerprint={"data": data.fingerprint(), "environment": facts},
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
             )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mtbert.curriculum import Plan
 from mtbert.data.dataset import TaskData
-from mtbert.data.packing import Request, Segment, plan_passes
-from mtbert.engine.forward import Forward, TrainingPass
+from mtbert.data.packing import Segment, plan_passes
+from mtbert.engine.forward import Forward, PassInput, TrainingPass
 from mtbert.engine.gradients import (
     GradientReport,
     OnePassGradients,
@@ -92,6 +92,21 @@ def _shorten(ids: Sequence[str], most: int = 20) -> str:
     return ", ".join(ids[:most]) + more
 
 
+@dataclass(frozen=True)
+class PreparedStep:
+    """What a step reads, on the host."""
+
+    step: int
+    """Steps taken before this one."""
+    tasks: tuple[str, ...]
+    """Those that have examples in the step, in its order."""
+    examples: Mapping[str, np.ndarray]
+    """The examples of every stream, those of the objectives among them."""
+    passes: tuple[PassInput, ...]
+    words: Tensor | None = None
+    """int64, ascending: the words that the step holds; None where nothing asks for them."""
+
+
 class TrainStep:
     """Runs steps of a plan over any number of passes: the gradient is that of the whole step."""
 
@@ -131,6 +146,8 @@ class TrainStep:
         self.mixout = mixout
         self.pretrained_decay = pretrained_decay
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        one_pass = surgery is not None and surgery.config.gradients == "one-pass"
+        self._slots_words = one_pass and any(p is self.model.encoder.embeddings.word for p in self.parameters)
 
     def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Train on the examples of `plan`.
@@ -138,7 +155,26 @@ class TrainStep:
         step: 0-based; selects the dropout masks. progress: the share of the training that is done, for what
         follows a schedule.
         """
-        result = self.accumulate(plan, step, progress)
+        with span("data"):
+            ready = self.prepare(plan, step)
+        return self.run(ready, progress)
+
+    def prepare(self, plan: Plan, step: int) -> PreparedStep:
+        """All of a step that is done on the host before the device is needed; another thread may do it.
+
+        A function of its arguments: it reads nothing that training changes, and steps are prepared in their order.
+        """
+        examples = self._streams(plan, step)
+        passes = plan_passes(examples, self.data, self.max_tokens)
+        if not passes:
+            raise ValueError("a step needs at least one example")
+        ready = tuple(self.forward.prepare(requests) for requests in passes)
+        tasks = tuple(task for task, rows in plan.items() if len(rows))
+        return PreparedStep(step, tasks, examples, ready, self._words(tasks, ready))
+
+    def run(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
+        """Train on what was prepared."""
+        result = self.backward(ready, progress)
         update(self.optimizer, result, self.clip_norm)
         for objective in self.objectives:
             with span("regularisation"):
@@ -146,24 +182,27 @@ class TrainStep:
         return result
 
     def accumulate(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
+        """Prepare the step and leave its gradient in `.grad`, unclipped."""
+        return self.backward(self.prepare(plan, step), progress)
+
+    def backward(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
+        step = ready.step
         with span("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
         sums = _Sums()
         with span("data"):
-            passes = plan_passes(self._streams(plan, step), self.data, self.max_tokens)
-            if not passes:
-                raise ValueError("a step needs at least one example")
-            gradients = self._gradients(plan, passes)
+            gradients = self._gradients(ready)
         with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext():
-            for requests in passes:
-                result = self.forward(requests, dropout, gradients.segments)
+            for each in ready.passes:
+                result = self.forward.run(each, dropout, gradients.segments)
                 run = TrainingPass(
                     self.forward,
                     result,
                     dropout=dropout,
                     segments=gradients.segments,
+                    examples=ready.examples,
                     step=step,
                     progress=progress,
                 )
@@ -225,13 +264,20 @@ class TrainStep:
             streams.update({name: rows for name, rows in added.items() if self.data[name].task == task})
         return streams
 
-    def _gradients(self, plan: Plan, passes: Sequence[Sequence[Request]]) -> StepGradients:
-        tasks = [task for task, examples in plan.items() if len(examples)]
-        if self.surgery is None or len(tasks) < 2:
+    def _words(self, tasks: Sequence[str], passes: Sequence[PassInput]) -> Tensor | None:
+        """The words that the passes hold, where the gradients of the word table are wanted task by task."""
+        if not self._slots_words or len(tasks) < 2:
+            return None
+        held = torch.cat([each.batch.input_ids for each in passes if each.batch is not None])
+        words = held.unique().long()
+        return words.pin_memory() if self.forward.device.type == "cuda" else words
+
+    def _gradients(self, ready: PreparedStep) -> StepGradients:
+        if self.surgery is None or len(ready.tasks) < 2:
             return SummedGradients(self.model, self.mixout)
         if self.surgery.config.gradients == "per-task":
-            return PerTaskGradients(self.model, self.surgery, tasks, self.mixout)
-        return OnePassGradients(self.model, self.surgery, tasks, self.mixout, passes)
+            return PerTaskGradients(self.model, self.surgery, ready.tasks, self.mixout)
+        return OnePassGradients(self.model, self.surgery, ready.tasks, self.mixout, ready.words)
 
     def _learned_weights(self) -> dict[str, Tensor]:
         """The learned weights of the tasks whose losses have them."""

@@ -18,6 +18,7 @@ from mtbert.curriculum import Curriculum, Plan
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.environment import environment_differences
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.input_pipeline import InputConfig, InputPipeline
 from mtbert.engine.interruptions import stop_requests
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
@@ -84,8 +85,11 @@ class Step(Protocol):
 
     optimizer: torch.optim.Optimizer
 
-    def __call__(self, plan: Plan, step: int, progress: float) -> StepResult:
-        """Train on the examples of `plan`."""
+    def prepare(self, plan: Plan, step: int) -> Any:
+        """What `run` reads of the examples of `plan`, made ready on the host, in a thread of its own or not."""
+
+    def run(self, ready: Any, progress: float) -> StepResult:
+        """Train on what was prepared."""
 
     def state(self) -> dict[str, Tensor]:
         """What must be found again after a resumption, beside the model and the optimizer."""
@@ -132,6 +136,8 @@ class Trainer:
         evaluation: EvaluationConfig,
         run: RunConfig,
         fingerprint: dict[str, Any],
+        inputs: InputConfig,
+        device: torch.device,
         unfreezing: Unfreezing | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -153,11 +159,14 @@ class Trainer:
         self.progress = Progress()
         self._window = Window()
         self._pending: StepResult | None = None
+        self._inputs = InputPipeline(
+            curriculum, train_step.prepare, ahead=inputs.steps_ahead(device), evaluates=self._evaluates_after
+        )
 
     def fit(self) -> None:
         """Train to the end, or until early stopping. Raises Interrupted and NonFiniteError."""
         progress = self.progress
-        with stop_requests() as stop, self._bar() as bar:
+        with stop_requests() as stop, self._bar() as bar, self._inputs as inputs:
             while progress.step < self.total_steps and not self._out_of_patience():
                 share = factor(self.schedule, progress.step, self.total_steps)
                 lr = set_learning_rate(self.optimizer, share)
@@ -165,9 +174,9 @@ class Trainer:
                     self.unfreezing.apply(self.epoch)
                 with span("step", progress.step + 1):
                     started = time.perf_counter()
-                    with span("data"):
-                        plan = self.curriculum.next()
-                    result = self.train_step(plan, progress.step, progress.step / self.total_steps)
+                    ready = inputs.next()
+                    waited = time.perf_counter() - started
+                    result = self.train_step.run(ready, progress.step / self.total_steps)
                     with span("synchronize"):
                         self._collect()
                     elapsed = time.perf_counter() - started
@@ -177,6 +186,7 @@ class Trainer:
                 progress.tokens += result.tokens
                 self._window.tokens += result.tokens
                 self._window.seconds += elapsed
+                self._window.input_wait_seconds += waited
                 bar.update()
                 self._after_step(lr, bar)
                 if stop.is_set():
@@ -190,23 +200,27 @@ class Trainer:
     def _after_step(self, lr: float, bar: tqdm[Any]) -> None:
         step = self.progress.step
         last = step == self.total_steps
-        epoch_over = self.curriculum.ends_epoch(step)
-        every = self.evaluation.every
-        phase = self.curriculum.finished_task(step)
-        if isinstance(every, int):
-            evaluate = last or step % every == 0
-        else:
-            evaluate = last or epoch_over or (every == "phase" and phase is not None)
+        evaluate = self._evaluates_after(step)
         checkpoint = evaluate or (self.run.checkpoint_every and step % self.run.checkpoint_every == 0)
         if checkpoint or step % self.run.log_every == 0:
             self._collect()
             self._log_window(lr, bar)
         if evaluate:
-            self.evaluate(phase)
-        if epoch_over or last or self._out_of_patience():
+            self.evaluate(self.curriculum.finished_task(step))
+        if self.curriculum.ends_epoch(step) or last or self._out_of_patience():
             self._log_epoch()
         if checkpoint:
             self.checkpoint()
+
+    def _evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows on step number `step`, from 1."""
+        every = self.evaluation.every
+        if step == self.total_steps:
+            return True
+        if isinstance(every, int):
+            return step % every == 0
+        phase_over = every == "phase" and self.curriculum.finished_task(step) is not None
+        return phase_over or self.curriculum.ends_epoch(step)
 
     def _out_of_patience(self) -> bool:
         patience = self.evaluation.patience
@@ -286,7 +300,7 @@ class Trainer:
             | ({} if phase is None else {"phase": phase})
             | result.to_json()
         )
-        self.curriculum.observe({task: scores.headline for task, scores in result.dev.items()})
+        self._inputs.observe({task: scores.headline for task, scores in result.dev.items()})
         better = result.score > progress.best_score
         if better:
             progress.best_score, progress.best_step = result.score, progress.step
@@ -316,7 +330,7 @@ class Trainer:
                 | {f"{_METHODS}{name}": value for name, value in self.train_step.state().items()},
                 state={
                     "progress": self.progress.to_json(),
-                    "curriculum": self.curriculum.state(),
+                    "curriculum": self._inputs.state(),
                     "window": vars(self._window),
                     "fingerprint": self.fingerprint,
                 },

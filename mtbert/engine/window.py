@@ -26,6 +26,8 @@ class Window:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    input_wait_seconds: float = 0.0
+    """The part of `seconds` in which the loop waited for the input of a step."""
 
     def add(self, result: StepResult) -> None:
         """Count one more step; reads its figures from the device."""
@@ -65,6 +67,7 @@ class Window:
             "grad_norm": self.grad_norm / self.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "input_wait_seconds": self.input_wait_seconds,
         }
 
 

@@ -47,6 +47,8 @@ class Pass(Protocol):
     """Pooled rows `[rows, C]` float32 of each stream."""
     outputs: Mapping[str, Tensor]
     """`[n, outputs]` of each stream with a head: the tasks' own."""
+    examples: Mapping[str, np.ndarray]
+    """The examples of every stream in the whole step, of which this pass may hold a part."""
 
     def segment(self, stream: str) -> Segment | None:
         """The segment of a stream; None when this pass holds none of it."""
@@ -91,7 +93,8 @@ class Objective(ABC):
     def examples(self, plan: Plan, step: int) -> Mapping[str, np.ndarray]:
         """The examples of its streams that go with a step's plan: a function of its arguments and the run's seed.
 
-        Called once a step, before its passes.
+        Called once a step and in their order, while steps before it may still be computed: it keeps nothing for
+        `losses`, which finds the examples in its pass.
         """
         return {}
 

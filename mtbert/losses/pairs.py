@@ -35,11 +35,12 @@ class Source(Protocol):
 
     data: TaskData | None
     """The rows that are packed for it; None when the task's own rows serve."""
-    count: int
-    """Examples of the last step that `choose` saw: what the mean over the step is divided by."""
 
     def choose(self, examples: np.ndarray, step: int) -> np.ndarray | None:
         """The examples of `data` that go with the task's examples of a step."""
+
+    def count(self, run: Pass) -> int:
+        """The compared examples of the pass's whole step: what the mean over the step is divided by."""
 
     def read(self, run: Pass) -> Embeddings | None:
         """The embeddings that a pass holds; None when it holds none."""
@@ -51,15 +52,16 @@ class OwnRows:
     def __init__(self, data: TaskData, choose: Callable[[np.ndarray, int], np.ndarray]) -> None:
         """choose: from the task's examples of a step and the step's number to examples of `data`."""
         self.data: TaskData | None = data
-        self.count = 0
         self._stream, self._rows = data.name, data.rows_per_example
         self._choose = choose
 
     def choose(self, examples: np.ndarray, step: int) -> np.ndarray:
         """The examples of the stream that go with the task's examples of a step."""
-        chosen = self._choose(examples, step)
-        self.count = len(chosen)
-        return chosen
+        return self._choose(examples, step)
+
+    def count(self, run: Pass) -> int:
+        """All that was chosen."""
+        return len(run.examples[self._stream])
 
     def read(self, run: Pass) -> Embeddings | None:
         """The part of the stream that the pass holds."""
@@ -76,12 +78,14 @@ class TaskPairs:
 
     def __init__(self, task: str, used: np.ndarray) -> None:
         """used: bool [n], which of the task's examples are compared."""
-        self.count = 0
         self._task, self._used = task, used
 
     def choose(self, examples: np.ndarray, step: int) -> None:
-        """Nothing is packed; counts the examples that will be compared."""
-        self.count = int(self._used[examples].sum())
+        """Nothing is packed."""
+
+    def count(self, run: Pass) -> int:
+        """The used ones of the task's examples."""
+        return int(self._used[run.examples[self._task]].sum())
 
     def read(self, run: Pass) -> Embeddings | None:
         """The used examples among those that the pass holds."""
@@ -130,7 +134,7 @@ class EmbeddingObjective(Objective):
         for task, source in self.sources.items():
             found = source.read(run)
             if found is not None:
-                losses[task] = self.weight / source.count * self.per_example(task, found, run).sum()
+                losses[task] = self.weight / source.count(run) * self.per_example(task, found, run).sum()
         return losses
 
     @abstractmethod

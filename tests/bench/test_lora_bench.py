@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.lora_extension import HostExtension
+from torch import Tensor
 
-from bench import lora_check, lora_comparisons
+from bench import lora_check, lora_comparisons, lora_qkv_comparisons
 from bench.kernel_timing import Stopwatch
 from bench.lora_comparisons import (
     BARE,
@@ -26,6 +27,7 @@ from bench.lora_comparisons import (
     Inputs,
     Plan,
 )
+from bench.lora_qkv_comparisons import QkvPlan
 from bench.measure import Alternation
 from mtbert.kernels import dispatch, extension
 
@@ -45,6 +47,38 @@ def test_the_sides_compute_the_same(side: str) -> None:
         torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
     forward = replace(PLAN, backward=False)
     torch.testing.assert_close(BUILDERS[side](Inputs(forward))(), BUILDERS[EAGER](Inputs(forward))())
+
+
+QKV = QkvPlan(24, 16, 40, 4, 0.0, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("side", [side for side in lora_qkv_comparisons.BUILDERS if side != BARE])
+def test_the_sides_for_queries_keys_and_values_compute_the_same(side: str) -> None:
+    if "peft" in side:
+        pytest.importorskip("peft")
+    builders = lora_qkv_comparisons.BUILDERS
+    t = Inputs(QKV)
+    parts = zip(t.weight.chunk(3), t.bias.chunk(3), t.adapters, strict=True)
+    expected = [t.x @ w.t() + c + lora_comparisons.SCALE * t.x @ a.t() @ b.t() for w, c, (a, b) in parts]
+    found: Any = builders[side](Inputs(replace(QKV, backward=False)))()
+    torch.testing.assert_close(
+        found if isinstance(found, Tensor) else torch.cat(found, 1), torch.cat(expected, 1)
+    )
+    gradients: Any = builders[EAGER](Inputs(QKV))()
+    same: Any = builders[side](t)()
+    assert len(same) == 7
+    for f, e in zip(same, gradients, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_comparison_of_queries_keys_and_values() -> None:
+    pytest.importorskip("peft")
+    builders = lora_qkv_comparisons.BUILDERS
+    found = lora_comparisons.compare(QKV, Stopwatch(CPU, 1), lambda a: a.round(), builders=builders)
+    assert found.left_out == []
+    assert [case.name for case in found.cases] == list(builders)
+    assert found.name == "lora qkv, 16x40, rank 4, no dropout, 24 tokens, forward and backward"
+    assert {goal.to for goal in QKV.goals()} == set(builders) - {OWN}
 
 
 def test_the_bare_side_is_the_frozen_product() -> None:
@@ -117,6 +151,9 @@ def test_the_prediction_is_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
         lora_model.forward(lora_model.H200, shape).best + lora_model.backward(lora_model.H200, shape).own
     )
     assert replace(H200, rank=9).predicted() == pytest.approx(1e6 * seconds)
+    three = lora_model.Shape(8192, 768, 2304, 16, True, 3)
+    qkv = QkvPlan(8192, 768, 768, 16, 0.1, torch.device("cuda"), torch.bfloat16, backward=False)
+    assert qkv.predicted() == pytest.approx(1e6 * lora_model.forward(lora_model.H200, three).best)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
     assert H200.predicted() is None
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.lora_plan import SM80, plan
+import torch
+from support.emulation import load
+from support.lora_plan import SM80, cuts, plan, takes_wide
 
 from bench import lora_model
-from bench.lora_model import A100, H200, Machine, Shape, Tile
+from bench.lora_model import A100, H200, NARROW, WIDE, Machine, Shape, Tile
 
 SHAPE = Shape(rows=300, inputs=64, outputs=192, rank=16, dropout=True, blocks=3)
 """Three row tiles; a tile of outputs for each block."""
@@ -64,11 +66,11 @@ def test_the_backward_pass_by_hand() -> None:
     main, added = lora_model.low(replace(SHAPE, rows=128))
     assert main.bytes == 2 * (128 * 192 + 192 * 16 + 128 * 48) + 192 * 16 * 4 + 128 * 48 * 2
     assert added.bytes == 0
-    # 8,192 rows are 64 pieces, so that the 12 steps of 768 outputs are split in two: ds is added up too.
+    # 8,192 rows in 32 pieces, with the 12 steps of 768 outputs in four runs, leave smaller parts than 64 and two.
     large = Shape(8192, 768, 768, 16)
     main, added = lora_model.low(large)
-    parts = 64 * 768 * 16 * 4 + 2 * 8192 * 16 * 4
-    assert main.tiles == 64 * 2
+    parts = 32 * 768 * 16 * 4 + 4 * 8192 * 16 * 4
+    assert main.tiles == 32 * 4
     assert main.bytes == 2 * (8192 * 768 + 768 * 16 + 8192 * 16) + parts
     assert added.bytes == parts + 768 * 16 * 4 + 8192 * 16 * 2
 
@@ -85,21 +87,78 @@ def test_the_backward_pass_by_hand() -> None:
 
 
 def test_the_tiles_are_the_kernels_own() -> None:
-    def tiles(
-        rows: int, columns: int, rank: int = 16, size: int = 2, most: int = 64
-    ) -> list[tuple[int, int]]:
-        return lora_model.tile_shapes(A100, Shape(rows, 768, columns, rank, size=size), columns, 1, most)
+    """By hand, then all shapes by the extension's own rules."""
 
-    assert tiles(8192, 768) == [(128, 256)]
-    assert tiles(8192, 768, rank=32, most=16) == [(64, 128)]  # too few registers
-    assert tiles(8192, 768, size=4) == [(64, 128)]
-    assert tiles(1024, 768) == [(64, 128)]  # too few wide tiles
-    assert tiles(8192, 640) == [(64, 128)]  # half of the last would lie beyond the columns
-    assert lora_model.tile_shapes(H200, Shape(64, 768, 768, 16), 768, 1) == [
-        (128, 128),
-        (128, 192),
-        (128, 256),
+    def tile(rows: int, columns: int, rank: int, *, size: int = 2, makes_s: bool = True) -> tuple[int, int]:
+        shape = Shape(rows, 768, columns, rank, dropout=False, size=size)
+        return lora_model.tile_shape(A100, shape, columns, 1, makes_s=makes_s)
+
+    assert tile(8192, 768, 16) == WIDE
+    assert tile(8192, 768, 32) == NARROW  # too few registers
+    assert tile(8192, 768, 32, makes_s=False) == WIDE
+    assert tile(8192, 768, 16, size=4) == NARROW
+    assert tile(1024, 768, 16) == NARROW  # a third of the card
+    # 256 wide tiles are three rounds of 108 multiprocessors, the last of 40; 1,024 narrow ones are nine and a half.
+    assert tile(8192, 1024, 16) == tile(8192, 1024, 64, makes_s=False) == NARROW
+
+    shapes = [
+        (rows, columns, blocks, rank, dropout)
+        for rows in (1, 64, 127, 128, 129, *ROWS, 1 << 20)
+        for columns in (8, 128, 136, 384, 640, 768, 1024, 1536, 3072, 4096)
+        for blocks in (1, 3)
+        for rank in (0, 8, 16)
+        for dropout in (False, True)
     ]
+    mine = [
+        lora_model.tile_shape(A100, Shape(m, 768, n * j, r or 64, dropout, j), n, j, makes_s=r > 0) == WIDE
+        for m, n, j, r, dropout in shapes
+    ]
+    assert mine == takes_wide(shapes)
+    assert 100 < sum(mine) < len(mine) - 100
+
+
+def test_wgmma_s_cuts_are_the_kernels_own() -> None:
+    """The width of the tiles, who makes s (and so draws the mask), and how often, for every layer."""
+    shapes = [(rows, n // j, j) for _, n, j in LAYERS for rows in (1, 128, 129, *ROWS)]
+    for (rows, columns, blocks), (width, *counts) in zip(shapes, cuts(shapes, 132), strict=True):
+        shape = Shape(rows, 768, columns * blocks, 16, True, blocks)
+        assert lora_model.tile_shape(H200, shape, columns, blocks) == (128, width)
+        cost = lora_model.fused_forward(H200, shape, (128, width))
+        assert [cost.tiles, cost.special, *(cost.busiest or ())] == counts
+        assert cost.draws == counts[1] * 128 * 768 / 8
+
+
+def test_the_cuts_of_ds_and_db_are_the_kernels_own() -> None:
+    shapes = [
+        Shape(rows, 768, outputs, rank, True, blocks, size)
+        for rows in (1, 128, 300, 2048, 5000, 8192, 16384, 1 << 17)
+        for outputs in (24, 384, 768, 2304, 3072)
+        for rank in lora_model.PADDED
+        for blocks in (1, 3)
+        for size in (2, 4)
+    ]
+    numbers = [[s.rows, s.outputs, s.blocks, s.rank, s.size] for s in shapes]
+    results = torch.zeros(len(shapes), 2, dtype=torch.int64)
+    given = torch.tensor(numbers, dtype=torch.int64)
+    load("lora_sm80_entry.cpp").call("lora_low_cuts", given, len(shapes), results)
+    assert [tuple(row) for row in results.tolist()] == [lora_model.low_parts(shape) for shape in shapes]
+    # At the sizes of the goals the parts are less than a third of dy.
+    for outputs in (768, 1024, 3072):
+        pieces, splits = lora_model.low_parts(Shape(8192, 768, outputs, 16))
+        assert 3 * (pieces * outputs + splits * 8192) * 16 * 4 < 8192 * outputs * 2
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_width_that_wgmma_takes_is_a_good_one(dropout: bool) -> None:
+    for inputs, outputs, blocks in LAYERS:
+        for rows in ROWS:
+            shape = Shape(rows, inputs, outputs, 16, dropout, blocks)
+            taken = lora_model.tile_shape(H200, shape, outputs // blocks, blocks)
+            times = {
+                tile: lora_model.fused_forward(H200, shape, tile).seconds(H200, H200.matrix)
+                for tile in ((128, 128), (128, 192), (128, 256))
+            }
+            assert times[taken] <= 1.1 * min(times.values()), (shape, taken, times)
 
 
 def test_the_tiles_that_make_s() -> None:

@@ -29,7 +29,8 @@ struct Sizes {
                                      std::conditional_t<cuda::sm80::kIsFloat<T>, Choices<16, 64>, Choices<32>>>;
     using Rank = Small;
     using Low = std::conditional_t<kBF16, Choices<16, 64, 192>, Choices<64>>;
-    static constexpr std::int64_t kWideTiles = 2, kLowSlabs = 2, kGradABlocks = 4;
+    static constexpr cuda::LoraCard kCard{4, 200};
+    static constexpr std::int64_t kLowBlocks = 2, kGradABlocks = 4;
 };
 
 // What a call is about: int64 fields in the order of the tests' own structure.
@@ -48,6 +49,7 @@ struct Call {
     std::int64_t seed;
     std::int64_t step;
     std::int64_t site;
+    std::int64_t ranks[3];
 };
 
 std::int64_t strided(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
@@ -72,7 +74,9 @@ class Machine {
                                   call_.site,
                                   call_.threshold};
         const DType dtype = kTypes[call_.dtype];
-        return {call_.rows, call_.inputs, call_.outputs, call_.blocks, call_.rank, dtype, scale, mask, 0, 0};
+        const std::int64_t* const r = call_.ranks;
+        return {call_.rows, call_.inputs, call_.outputs, call_.blocks, call_.rank, {r[0], r[1], r[2]},
+                dtype,      scale,        mask,          0,            0};
     }
 
     // A launch as run_... of sm80_run.h wants it.
@@ -201,6 +205,23 @@ extern "C" const char* lora_low(const Call* call, double scale, const void* grad
             m.finish();
         });
     });
+}
+
+// How a GPU cuts the work on ds and dB of `count` shapes, results: pieces of rows and runs of columns; shapes: rows,
+// outputs, blocks, rank and bytes of an element of each.
+extern "C" const char* lora_low_cuts(const std::int64_t* shapes, std::int64_t count, std::int64_t* results) {
+    for (std::int64_t i = 0; i < count; ++i, shapes += 5, results += 2) {
+        cuda::LoraShape shape{};
+        shape.rows = shapes[0];
+        shape.outputs = shapes[1];
+        shape.blocks = shapes[2];
+        shape.rank = shapes[3];
+        shape.dtype = shapes[4] == 4 ? DType::kFloat32 : DType::kBFloat16;
+        const cuda::sm80::LowPlan plan = cuda::sm80::plan_low(shape, 1);
+        results[0] = plan.pieces;
+        results[1] = plan.splits;
+    }
+    return nullptr;
 }
 
 extern "C" const char* lora_grad_a(const Call* call, const void* x, const void* ds, void* grad_a, const void* bounds,

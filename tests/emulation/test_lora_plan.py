@@ -33,8 +33,8 @@ def test_two_kernels_serve_only_where_one_would_repeat_itself() -> None:
                 assert forward == sorted(forward)
                 assert plan(90, rows, outputs, 64, dropout) == (SM90, SM90)
     assert plan(80, 8192, 3072, 8, True) == (SM80_SPLIT, SM80)
-    assert plan(80, 2048, 3072, 32, True) == (SM80, SM80)
-    assert plan(80, 2048, 3072, 64, True) == (SM80_SPLIT, SM80)
+    assert plan(80, 2048, 3072, 16, True) == (SM80, SM80)
+    assert plan(80, 2048, 3072, 32, True) == (SM80_SPLIT, SM80)
     assert plan(80, 8192, 768, 16, True) == (SM80, SM80)
     assert plan(80, 8192, 768, 32, True) == (SM80_SPLIT, SM80)
 

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from support.emulation import EmulationError, Replacement
+from support.kernel_checks import kinds
 from support.sm90 import Case, Problem, close, load_emulation
 
 HEADERS = "csrc/cuda/lora"
@@ -174,6 +175,35 @@ def test_blocks_of_outputs_do_not_touch(library: ctypes.CDLL) -> None:
     assert not problem.out[:, 144:].isnan().any()
     assert problem.s[:, 8:16].isnan().all()
     assert not problem.s[:, :8].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 8},
+        {"ranks": (1,), "p": 0.5},
+        {"rank": 32, "ranks": (17,), "columns": 192},
+        {"rank": 8, "ranks": (1, 0, 3), "blocks": 3, "outputs": 3 * 72, "cluster": 2, "rows": 140},
+    ],
+    ids=str,
+)
+def test_infinity_does_not_leave_the_rank(library: ctypes.CDLL, change: dict[str, object]) -> None:
+    """Ranks are multiplied as 16 or more; zero times infinity is NaN."""
+    case = BASE.but(**change)
+    problem = Problem(case)
+    column = int(problem.keep()[7].nonzero()[0])
+    problem.x[7, column] = float("inf")
+    problem.forward(library)
+    own = (torch.arange(case.rank) < torch.tensor(case.used)[:, None]).flatten()
+    assert (problem.s[:, ~own] == 0).all()
+    assert (kinds(problem.s[7]) != 0).tolist() == own.tolist()
+    infinite = kinds(problem.x[7].double() @ problem.weight.double().t()).view(case.blocks, -1)
+    s, b = problem.s[7].double().view(case.blocks, -1), problem.b.double().view(case.blocks, -1, case.rank)
+    for block, used in enumerate(case.used):
+        expected = infinite[block] * float("inf") + b[block, :, :used] @ s[block, :used]
+        assert torch.equal(kinds(problem.out[7].view(case.blocks, -1)[block]), kinds(expected))
+    assert problem.out[:7].isfinite().all()
+    assert problem.out[8:].isfinite().all()
 
 
 # ---- Faults. ----

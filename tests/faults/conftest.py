@@ -20,7 +20,7 @@ from mtbert.engine.checkpoint import Checkpoint, CheckpointStore
 
 STEPS = 18
 TRAIN_ROWS = 36
-_TIMES = ("seconds", "tokens_per_second")
+_TIMES = ("seconds", "input_wait_seconds", "tokens_per_second")
 
 
 def write_tables(folder: Path) -> None:

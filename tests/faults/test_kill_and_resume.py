@@ -80,9 +80,11 @@ def test_a_process_of_its_own_killed_and_resumed(
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 def test_every_mode(workplace: Workplace, tmp_path: Path, options: list[str]) -> None:
+    """The killed run has its input made ready on a thread, the other one has not."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    workplace.train_to_the_last_checkpoint(workplace.start(straight, *options), straight)
-    training = workplace.start(killed, *options)
+    plain = workplace.start(straight, "--input.ahead=0", *options)
+    workplace.train_to_the_last_checkpoint(plain, straight)
+    training = workplace.start(killed, "--input.ahead=3", *options)
     assert workplace.train_to_step(training, killed, 6)
     training.kill()
     assert not (killed / "checkpoints" / f"step-{STEPS}").exists(), "the kill came too late to prove anything"

@@ -39,7 +39,7 @@ MASK: dict[str, Any] = {
 PLACE: dict[str, Any] = {"device": 0, "stream": 0}
 FORWARD: dict[str, Any] = {
     **{"x": at(1), "weight": at(2), "bias": at(3), "a": at(4), "b": at(5)},
-    **{"out": at(6), "s": at(8), "x_stride": 32, "out_stride": 24, "scale": 2.0},
+    **{"out": at(6), "s": at(8), "x_stride": 32, "out_stride": 24, "scale": 2.0, "ranks": [5]},
     **SHAPE,
     **MASK,
     **PLACE,
@@ -47,7 +47,7 @@ FORWARD: dict[str, Any] = {
 GROUPS: dict[str, Any] = {"bounds": 0, "groups": 1, "workspace": at(10)}
 LOW: dict[str, Any] = {
     **{"grad": at(1), "b": at(5), "s": at(8), "ds": at(9), "grad_b": at(11)},
-    **{"grad_stride": 24, "scale": 2.0},
+    **{"grad_stride": 24, "scale": 2.0, "ranks": [5]},
     **GROUPS,
     **SHAPE,
     **PLACE,
@@ -71,6 +71,15 @@ CALLS = {"lora_forward": FORWARD, "lora_low": LOW, "lora_input": INPUT, "lora_gr
 ALL = list(CALLS)
 MASKED = ["lora_forward", "lora_input", "lora_grad_a"]
 GROUPED = ["lora_low", "lora_grad_a"]
+RANKED = ["lora_forward", "lora_low"]
+PRODUCTS = ["lora_forward", "lora_input"]
+
+
+def ranks(function: str, values: list[int]) -> dict[str, Any]:
+    """For the functions that take them."""
+    return {"ranks": values} if function in RANKED else {}
+
+
 BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (ALL, {"rows": -1}, "rows is -1, expected 0 to"),
     (ALL, {"rows": 1 << 31}, "rows is 2147483648, expected 0 to"),
@@ -78,10 +87,17 @@ BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (ALL, {"inputs": 0}, "inputs is 0, expected 8 to"),
     (ALL, {"outputs": 20}, "outputs is 20, expected a multiple of 8"),
     (ALL, {"outputs": 1 << 25}, "outputs is 33554432, expected 8 to"),
-    (ALL, {"blocks": 0}, "blocks is 0, expected 1 to 3"),
-    (ALL, {"blocks": 2}, "outputs is 24, expected equal parts, multiples of 8, for blocks 2"),
+    *(([name], {"blocks": 0} | ranks(name, []), "blocks is 0, expected 1 to 3") for name in ALL),
+    *(
+        ([name], {"blocks": 2} | ranks(name, [5, 5]), "outputs is 24, expected equal parts, multiples")
+        for name in ALL
+    ),
     (ALL, {"rank": 4}, "rank is 4, expected 8, 16, 32 or 64"),
     (ALL, {"rank": 128}, "rank is 128, expected 8, 16, 32 or 64"),
+    (RANKED, {"ranks": [9]}, r"ranks\[0\] is 9, expected 0 to rank 8"),
+    (RANKED, {"ranks": [-1]}, r"ranks\[0\] is -1, expected 0 to rank 8"),
+    (RANKED, {"ranks": [8, 8]}, "ranks has 2 elements, expected blocks, 1"),
+    (RANKED, {"ranks": [8, 8, 9], "blocks": 3}, r"ranks\[2\] is 9, expected 0 to rank 8"),
     (ALL, {"device": -1}, "device is -1"),
     (ALL, {"dtype": "float64"}, "dtype is 'float64', expected float32, float16 or bfloat16"),
     (["lora_forward", "lora_low"], {"scale": float("nan")}, "scale is -?nan, expected a finite number"),
@@ -146,10 +162,47 @@ def test_the_message_names_the_function(function: str) -> None:
         getattr(_C.cuda, function)(**{**CALLS[function], "rank": 9})
 
 
+SM90_BUILT = "sm_90a" in _C.build_info()["cuda"]["architectures"]
+MOST = 1 << 30
+UNSERVED: list[tuple[list[str], dict[str, Any], str]] = [
+    (PRODUCTS, {"dtype": "float32"}, "dtype is float32, expected float16 or bfloat16 with kernel sm90"),
+    (PRODUCTS, {"rows": MOST + 1}, "rows is 1073741825, expected at most 1073741824 with kernel sm90"),
+    (
+        ["lora_forward"],
+        {"rows": 1 << 26, "outputs": 1 << 19},
+        "rows 67108864 and outputs 524288 are 2147483648 tiles, expected at most 1073741824 with kernel sm90",
+    ),
+    (
+        ["lora_input"],
+        {"rows": 1 << 26, "inputs": 1 << 19},
+        "rows 67108864 and inputs 524288 are 2147483648 tiles, expected at most 1073741824 with kernel sm90",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "message"),
+    [(function, change, message) for functions, change, message in UNSERVED for function in functions],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_why_the_sm90_kernels_do_not_serve(function: str, change: dict[str, Any], message: str) -> None:
+    """Each refusal has its own reason; what is too much for the one product is none of the other's."""
+    if not SM90_BUILT:
+        message = "kernel is sm90, but the extension was built without sm_90a"
+    with pytest.raises(ValueError, match=f"^{function}: {message}$"):
+        getattr(_C.cuda, function)(**{**CALLS[function], **change, "kernel": "sm90"})
+    plan = {key: CALLS[function][key] for key in (*SHAPE, "threshold")} | change
+    planned = _C.cuda.lora_plan(architecture=90, **plan)
+    part, other = ("forward", "input") if function == "lora_forward" else ("input", "forward")
+    assert planned[part].startswith("sm80")
+    assert "outputs" not in change or planned[other] == ("sm90" if SM90_BUILT else "sm80")
+
+
 GOOD: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in CALLS),
     *((name, {"rows": 0}) for name in CALLS),
-    *((name, {"kernel": kernel}) for name in ("lora_forward", "lora_input") for kernel in ("sm80", "sm90")),
+    *((name, {"kernel": "sm80"}) for name in PRODUCTS),
+    *((name, {"kernel": "sm90"}) for name in PRODUCTS if SM90_BUILT),
     # Without dropout nothing else of the mask is looked at.
     *((name, {"threshold": 0, "dropout_row": 0, "step": -1, "site": -1}) for name in MASKED),
     *((name, {"step_pointer": at(15), "step": -1}) for name in MASKED),
@@ -159,7 +212,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("lora_forward", {"x_stride": 56, "out_stride": 56, "out": at(1, 64)}),
     ("lora_low", {"grad_b": 0, "s": 0}),
     *((name, {"groups": 3, "bounds": at(13, 4)}) for name in GROUPED),
-    *((name, {"dtype": "float32", "blocks": 3, "rank": 64}) for name in CALLS),
+    *((name, {"dtype": "float32", "blocks": 3, "rank": 64} | ranks(name, [64, 0, 1])) for name in CALLS),
 ]
 
 
@@ -194,8 +247,7 @@ def test_the_plan() -> None:
     assert _C.cuda.lora_plan(architecture=80, **shape) == {"forward": "sm80_split", "input": "sm80"}
     few = {**shape, "rows": 64}
     assert _C.cuda.lora_plan(architecture=86, **few) == {"forward": "sm80", "input": "sm80"}
-    built = "sm_90a" in _C.build_info()["cuda"]["architectures"]
-    name = "sm90" if built else "sm80"
+    name = "sm90" if SM90_BUILT else "sm80"
     assert _C.cuda.lora_plan(architecture=90, **few) == {"forward": name, "input": name}
     assert _C.cuda.lora_plan(architecture=90, **few | {"dtype": "float32"})["input"] == "sm80"
 

@@ -49,6 +49,30 @@ def test_an_explicit_choice_that_cannot_serve_raises(cpu_kernels: None) -> None:
         dispatch.select("attention", device="cuda", dtype=torch.float64)
 
 
+@pytest.mark.parametrize("chosen", ["cuda", "triton"])
+def test_each_reason_is_given_once(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with dispatch.use_backend(chosen):
+        with pytest.raises(ConfigError) as caught:
+            dispatch.serving("cpu", torch.float32)
+        missing = [row for row in dispatch.explain("cpu", torch.float32) if row.implementation is None]
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len({row.reason for row in missing}) < len(missing)
+    named = [line.partition(" cannot serve ")[2].partition(" for float32 on cpu: ") for line in lines]
+    expected: dict[str, list[str]] = {}
+    for row in missing:
+        expected.setdefault(row.reason, []).append(row.operation)
+    assert {reason: operations.split(", ") for operations, _, reason in named} == expected
+    assert "attention, softmax" in str(caught.value)
+
+
+def test_what_serves_is_named(cpu_kernels: None) -> None:
+    with dispatch.use_backend("cpu"):
+        served = dispatch.serving("cpu", torch.float32)
+    assert list(served) == ["dropout", "attention", *list(dispatch.OPERATIONS)[2:]]
+    assert served["dropout"] == "cpu"
+
+
 def test_the_extension_s_absence_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "_module", None)
     with dispatch.use_backend("cpu"), pytest.raises(ConfigError, match=r"cannot serve dropout.*mtbert\._C"):

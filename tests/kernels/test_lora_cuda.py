@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernel_checks import DROPOUT, assert_accurate, bit_equal, gradients, poisoned
+from support.kernel_checks import DROPOUT, assert_accurate, bit_equal, gradients, kinds, poisoned
 from support.lora_extension import HostExtension
 from support.packed import random_batch
 from torch import Tensor
@@ -298,6 +298,20 @@ def test_rows_keep_to_themselves(place: Place) -> None:
     assert torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["plain", "dropout"])
+@pytest.mark.parametrize("ranks", [(1,), (8,), (1, None, 3)], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_reaches_what_it_reaches_in_the_reference(
+    place: Place, ranks: tuple[int | None, ...], dropout: Dropout | None, value: float
+) -> None:
+    """Ranks are filled up with zeros, blocks without an adapter too, and zero times infinity is NaN."""
+    for of_gradient in (False, True):
+        case = make(place, 20, 32, 24, ranks, BRAIN, dropout=dropout)
+        (case.upstream if of_gradient else case.x)[5, 3] = value
+        for found, expected in zip(case.run(), case.double().run(reference), strict=True):
+            assert torch.equal(kinds(found), kinds(expected))
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_nothing_at_all(place: Place, blocks: int) -> None:
     output, dx, *others = make(place, 0, 32, 24, (4,) * blocks, BRAIN).run()
@@ -527,7 +541,7 @@ def test_the_operators_keep_torch_s_rules(place: Place, ranks: tuple[int, ...], 
     torch.library.opcheck(lora_cuda._lora, given)
     x, weight, _, a, b = (None if t is None else t.detach() for t in given[:5])
     _, s = lora_cuda._lora(*given)
-    constants = (bounds, given[-5], 0.7, case.rows, *given[-2:])
+    constants = (bounds, given[-5], list(ranks), 0.7, case.rows, *given[-2:])
     for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
         kept = (x if needs[1] else None, weight if needs[0] else None, a, b, s.detach() if needs[2] else None)
         torch.library.opcheck(lora_cuda._lora_backward, (case.upstream, *kept, *constants, needs))

@@ -77,9 +77,15 @@ class BagPass:
     """A pass whose rows are the mean of their tokens' vectors, and a deviation that each row of the step has."""
 
     def __init__(
-        self, batch: PackedBatch, vectors: Tensor, deviations: Tensor | None, progress: float
+        self,
+        batch: PackedBatch,
+        vectors: Tensor,
+        deviations: Tensor | None,
+        progress: float,
+        examples: Mapping[str, np.ndarray],
     ) -> None:
         self.step = 0
+        self.examples = examples
         self.progress = progress
         self.segments = batch.segments
         self.outputs: dict[str, Tensor] = {}
@@ -128,7 +134,7 @@ def passes(
         streams[task] = chosen
         streams.update({name: rows for name, rows in examples.items() if data[name].task == task})
     for requests in plan_passes(streams, data, max_tokens):
-        yield BagPass(pack(requests), vectors, deviations, progress)
+        yield BagPass(pack(requests), vectors, deviations, progress, streams)
 
 
 def step_losses(

@@ -96,14 +96,14 @@ def build(
     times. The test is skipped where there is no C++ compiler.
     """
     command = [compiler(), *FLAGS, *flags, *WARNINGS]
-    if "clang" not in _compiler_version():
+    if "clang" not in compiler_version():
         command.append("-fno-gnu-unique")  # else a library could see a constant of one with another fault
     parts = "".join(f'#include "{name}"\n' for name in MACHINE)
-    machine = _compiled([*command, "-c"], "machine.o", _sources(f"{EMULATION}/machine.cpp", parts))
+    machine = compiled([*command, "-c"], "machine.o", source_tree(f"{EMULATION}/machine.cpp", parts))
     path = f"{EMULATION}/{entry}"
-    sources = _sources(path, (ROOT / path).read_text(encoding="utf-8"), replacements)
+    sources = source_tree(path, (ROOT / path).read_text(encoding="utf-8"), replacements)
     kind, suffix = ([], "") if executable else (["-shared"], ".so")
-    return _compiled([*command, *kind], Path(entry).stem + suffix, sources, [machine])
+    return compiled([*command, *kind], Path(entry).stem + suffix, sources, [machine])
 
 
 @functools.cache
@@ -117,11 +117,12 @@ def compiler() -> str:
 
 
 @functools.cache
-def _compiler_version() -> str:
+def compiler_version() -> str:
+    """What the compiler says of itself."""
     return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
-def _sources(entry: str, text: str, replacements: Sequence[Replacement] = ()) -> dict[str, str]:
+def source_tree(entry: str, text: str, replacements: Sequence[Replacement] = ()) -> dict[str, str]:
     """The entry and all that it includes, by their paths from the repository's root, with the faults planted."""
     texts = {entry: text}
     waiting = [entry]
@@ -143,9 +144,9 @@ def _sources(entry: str, text: str, replacements: Sequence[Replacement] = ()) ->
     return texts
 
 
-def _compiled(command: list[str], name: str, sources: dict[str, str], objects: Sequence[Path] = ()) -> Path:
+def compiled(command: list[str], name: str, sources: dict[str, str], objects: Sequence[Path] = ()) -> Path:
     """The file that the compiler makes of the first source (and the objects); made once."""
-    parts = [_compiler_version(), *command, name, *[path.parent.name for path in objects]]
+    parts = [compiler_version(), *command, name, *[path.parent.name for path in objects]]
     parts += [part for item in sources.items() for part in item]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = _cache() / key

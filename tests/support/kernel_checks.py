@@ -43,6 +43,11 @@ def assert_accurate(
         assert error <= allowed, f"tensor {index}: error {error:.3g}, allowed {allowed:.3g}"
 
 
+def kinds(tensor: Tensor) -> Tensor:
+    """Of every element: 0 where it is finite, 1 or -1 where it is infinite, 2 where it is NaN."""
+    return torch.where(tensor.isnan(), 2, tensor.isposinf().int() - tensor.isneginf().int())
+
+
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every freshly allocated tensor with NaN, so that an element nobody writes is seen."""
     empty, empty_like = torch.empty, torch.empty_like

@@ -34,6 +34,7 @@ class EmulatedExtension:
             _signed(given.get("seed", 0)),
             given.get("step", 0),
             given.get("site", 0),
+            *(*given.get("ranks", ()), 0, 0, 0)[:3],
         ]
         # Addresses are integers here; the library takes them as pointers.
         self._library.call(name, torch.tensor(call, dtype=torch.int64), *arguments)

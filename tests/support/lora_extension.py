@@ -104,9 +104,13 @@ class HostExtension:
         assert rank in (8, 16, 32, 64)
         return (*sizes, DTYPES[given["dtype"]])
 
-    def _blocks(self, b: Tensor, blocks: int) -> Tensor:
-        """B as the block-diagonal [N, J * R], float64."""
-        return torch.block_diag(*b.double().chunk(blocks))
+    def _held(self, given: dict[str, Any], values: Tensor) -> Tensor:
+        """Columns of s or ds that only fill up a block's rank are zero, whatever was computed there."""
+        ranks, rank = given["ranks"], given["rank"]
+        assert len(ranks) == given["blocks"]
+        assert all(0 <= r <= rank for r in ranks)
+        held = torch.arange(rank) < torch.tensor(ranks)[:, None]
+        return torch.where(held.reshape(-1), values, 0.0)
 
     def _groups(self, given: dict[str, Any]) -> list[slice]:
         if not given["bounds"]:
@@ -128,10 +132,11 @@ class HostExtension:
         x = _view(given["x"], dtype, (rows, inputs), given["x_stride"]).double()
         weight = _view(given["weight"], dtype, (outputs, inputs)).double()
         a = _view(given["a"], dtype, (blocks * rank, inputs)).double()
-        b = self._blocks(_view(given["b"], dtype, (outputs, rank)), blocks)
+        b = _view(given["b"], dtype, (outputs, rank)).double().chunk(blocks)
         mask = Mask(given)
-        s = (given["scale"] * mask.scale * (mask.apply(x) @ a.t())).to(dtype)
-        y = x @ weight.t() + s.double() @ b.t()
+        s = self._held(given, given["scale"] * mask.scale * (mask.apply(x) @ a.t())).to(dtype)
+        own = zip(s.double().chunk(blocks, dim=1), b, strict=True)
+        y = x @ weight.t() + torch.cat([low @ up.t() for low, up in own], dim=1)
         if given["bias"]:
             y += _view(given["bias"], dtype, (outputs,), align=dtype.itemsize).double()
         _view(given["out"], dtype, (rows, outputs), given["out_stride"]).copy_(y)
@@ -147,8 +152,10 @@ class HostExtension:
         sizes = ("rows", "inputs", "outputs", "blocks", "rank", "dtype", "groups")
         self._spoil(given, self.lora_low_workspace(**{key: given[key] for key in sizes}))
         grad = _view(given["grad"], dtype, (rows, outputs), given["grad_stride"]).double()
-        b = self._blocks(_view(given["b"], dtype, (outputs, rank)), blocks)
-        _view(given["ds"], dtype, (rows, blocks * rank)).copy_(given["scale"] * (grad @ b))
+        b = _view(given["b"], dtype, (outputs, rank)).double().chunk(blocks)
+        own = zip(grad.chunk(blocks, dim=1), b, strict=True)
+        ds = given["scale"] * torch.cat([part @ up for part, up in own], dim=1)
+        _view(given["ds"], dtype, (rows, blocks * rank)).copy_(self._held(given, ds))
         if not given["grad_b"]:
             return
         s = _view(given["s"], dtype, (rows, blocks * rank)).double()

@@ -8,8 +8,17 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
-from support import emulation
-from support.emulation import FLAGS, ROOT, WARNINGS, EmulationError, Replacement, compiler
+from support.emulation import (
+    FLAGS,
+    ROOT,
+    WARNINGS,
+    EmulationError,
+    Replacement,
+    compiled,
+    compiler,
+    compiler_version,
+    source_tree,
+)
 from torch import Tensor
 
 from mtbert.kernels import Dropout, reference
@@ -26,14 +35,14 @@ def load_emulation(replacements: Sequence[Replacement] = (), *, few: bool = Fals
     few: only the variants for tiles of 128 columns, rank 8 or 16 and bfloat16, which are compiled sooner.
     """
     flags = [*FLAGS, "-I", FOLDER, *(["-DMTBERT_FEW_VARIANTS"] if few else []), *WARNINGS]
-    if "clang" not in emulation._compiler_version():
+    if "clang" not in compiler_version():
         flags.append("-fno-gnu-unique")  # each library has its own functions' constants
     command = [compiler(), *flags]
     machine, entry = (f"{FOLDER}/{name}" for name in ("machine_host.cpp", "entry.cpp"))
-    machine_sources = emulation._sources(machine, (ROOT / machine).read_text(encoding="utf-8"))
-    part = emulation._compiled([*command, "-c"], "sm90_machine.o", machine_sources)
-    sources = emulation._sources(entry, (ROOT / entry).read_text(encoding="utf-8"), replacements)
-    library = ctypes.CDLL(str(emulation._compiled([*command, "-shared"], "sm90.so", sources, [part])))
+    machine_sources = source_tree(machine, (ROOT / machine).read_text(encoding="utf-8"))
+    part = compiled([*command, "-c"], "sm90_machine.o", machine_sources)
+    sources = source_tree(entry, (ROOT / entry).read_text(encoding="utf-8"), replacements)
+    library = ctypes.CDLL(str(compiled([*command, "-shared"], "sm90.so", sources, [part])))
     for name in ("emulate_forward", "emulate_input"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in (
@@ -61,6 +70,7 @@ class _Mask(ctypes.Structure):
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "blocks", "rank")),
+        ("ranks", ctypes.c_int64 * 3),
         ("dtype", ctypes.c_int),
         ("scale", ctypes.c_double),
         ("mask", _Mask),
@@ -101,6 +111,9 @@ class Case:
     inputs: int
     outputs: int
     rank: int = 16
+    """Padded."""
+    ranks: tuple[int, ...] = ()
+    """Of the blocks; empty: they are not padded."""
     blocks: int = 1
     dtype: torch.dtype = torch.bfloat16
     p: float = 0.0
@@ -132,6 +145,11 @@ class Case:
             return None
         return Dropout(p=self.p, seed=(1 << 63) + 12345, step=0xFEDCBA98, site=0xF0000001)
 
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The blocks' own ranks."""
+        return self.ranks or (self.rank,) * self.blocks
+
     def way(self) -> _Way:
         """What the emulator is told."""
         return _Way(self.order, self.late, self.columns, self.cluster, self.multiprocessors)
@@ -150,6 +168,10 @@ class Problem:
         self.a = self.matrix(low, case.inputs)
         self.b = self.matrix(case.outputs, case.rank)
         self.ds = self.matrix(case.rows, low)
+        for block, used in enumerate(case.used):
+            padding = slice(block * case.rank + used, (block + 1) * case.rank)
+            of_block = slice(block * case.outputs // case.blocks, (block + 1) * case.outputs // case.blocks)
+            self.a[padding], self.b[of_block, used:], self.ds[:, padding] = 0, 0, 0
         bias = self.matrix(1, case.outputs + case.bias_offset)[0]
         self.bias = bias[case.bias_offset :] if case.bias else None
         self.s = self.ds.clone() if case.s_given else self.unwritten(case.rows, low)
@@ -197,6 +219,7 @@ class Problem:
             case.outputs,
             case.blocks,
             case.rank,
+            (ctypes.c_int64 * 3)(*case.used),
             DTYPES[case.dtype],
             SCALE,
             mask,

@@ -9,6 +9,7 @@
 
 #include "cuda/lora/plan.h"
 #include "cuda/lora/regions.h"
+#include "cuda/lora/sm90_limits.h"
 #include "cuda/runtime.h"
 
 namespace mtbert::cuda {
@@ -28,6 +29,9 @@ std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 const char* dtype_name(DType dtype) {
     return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
 }
+
+bool is_sm90(LoraKernel kernel) { return kernel == LoraKernel::kSM90 || kernel == LoraKernel::kSM90Split; }
+bool is_split(LoraKernel kernel) { return kernel == LoraKernel::kSM80Split || kernel == LoraKernel::kSM90Split; }
 
 // The arguments of one call: every failed check names the operation, the argument, what it is and what it should be.
 class Arguments {
@@ -70,6 +74,15 @@ class Arguments {
             input(vector("step_pointer", mask.step_pointer, 1, sizeof(std::int64_t)));
         } else {
             range(mask.step, 0, kWord, "step");
+        }
+    }
+
+    void ranks() const {
+        for (int block = 0; block < shape_.blocks; ++block) {
+            const std::int64_t rank = shape_.ranks[block];
+            require(0 <= rank && rank <= shape_.rank,
+                    "ranks[" + std::to_string(block) + "] is " + std::to_string(rank) + ", expected 0 to rank " +
+                        std::to_string(shape_.rank));
         }
     }
 
@@ -132,22 +145,24 @@ class Arguments {
         }
     }
 
-    // The kernel for a call: the one asked for, if it can serve, or the planned one.
-    LoraKernel kernel(LoraKernel asked, LoraKernel LoraPlan::*part) const {
+    // That a kernel asked for by name is there and can serve. Needs no GPU. refusal: that of the sm_90a kernels.
+    void check_kernel(LoraKernel asked, const std::string& refusal) const {
+        if (is_sm90(asked)) {
+            require(sm90::built(), "kernel is sm90, but the extension was built without sm_90a");
+            require(refusal.empty(), refusal + " with kernel sm90");
+        }
+    }
+
+    // The kernel for a call: the one asked for, if the device has it, or the planned one.
+    LoraKernel kernel(LoraKernel asked, LoraKernel LoraPlan::*part, const std::string& refusal) const {
         const int architecture = compute_capability(shape_.device, operation_);
         const std::string capability = "device " + std::to_string(shape_.device) + " has compute capability " +
                                        std::to_string(architecture / 10) + "." + std::to_string(architecture % 10);
         require(architecture >= 80, capability + ", expected 8.0 or higher");
-        const bool serves = sm90::built() && sm90::serves(shape_);
         if (asked == LoraKernel::kAuto) {
-            return lora_plan({architecture, serves}, shape_).*part;
+            return lora_plan({architecture, sm90::built() && refusal.empty()}, shape_).*part;
         }
-        if (asked == LoraKernel::kSM90 || asked == LoraKernel::kSM90Split) {
-            require(sm90::built(), "kernel is sm90, but the extension was built without sm_90a");
-            require(sm90::serves(shape_), std::string("kernel is sm90, which does not serve dtype ") +
-                                              dtype_name(shape_.dtype));
-            require(architecture == 90, "kernel is sm90, but " + capability);
-        }
+        require(!is_sm90(asked) || architecture == 90, "kernel is sm90, but " + capability);
         return asked;
     }
 
@@ -177,9 +192,6 @@ class Arguments {
     std::vector<Region> outputs_;
 };
 
-bool is_sm90(LoraKernel kernel) { return kernel == LoraKernel::kSM90 || kernel == LoraKernel::kSM90Split; }
-bool is_split(LoraKernel kernel) { return kernel == LoraKernel::kSM80Split || kernel == LoraKernel::kSM90Split; }
-
 void check_groups(std::int64_t groups, const char* operation, const LoraShape& shape) {
     Arguments(operation, shape).range(groups, 1, kMostGroups, "groups");
 }
@@ -192,7 +204,10 @@ void lora_forward(const LoraForward& given) {
     const std::int64_t low = shape.blocks * shape.rank;
     Arguments arguments(kOperation, shape);
     arguments.device();
+    arguments.ranks();
     arguments.mask();
+    const std::string refusal = sm90::forward_refusal(shape);
+    arguments.check_kernel(given.kernel, refusal);
     const Region x = arguments.matrix("x", given.x, shape.rows, shape.inputs, given.x_stride, "x_stride");
     const Region out = arguments.matrix("out", given.out, shape.rows, shape.outputs, given.out_stride, "out_stride");
     arguments.input(x);
@@ -209,7 +224,7 @@ void lora_forward(const LoraForward& given) {
     const DeviceGuard guard(shape.device, kOperation);
     arguments.check_memory();
     LoraForward call = given;
-    call.kernel = arguments.kernel(given.kernel, &LoraPlan::forward);
+    call.kernel = arguments.kernel(given.kernel, &LoraPlan::forward, refusal);
     if (shape.rows == 0) {
         return;
     }
@@ -226,6 +241,7 @@ void lora_low(const LoraLow& given) {
     const std::int64_t low = shape.blocks * shape.rank;
     Arguments arguments(kOperation, shape);
     arguments.device();
+    arguments.ranks();
     arguments.groups(given.groups, given.bounds);
     const std::int64_t grad_b_bytes = given.groups * shape.outputs * shape.rank * 4;
     arguments.input(arguments.matrix("grad", given.grad, shape.rows, shape.outputs, given.grad_stride, "grad_stride"));
@@ -263,6 +279,8 @@ void lora_input(const LoraInput& given) {
     arguments.device();
     arguments.mask();
     arguments.require(!is_split(given.kernel), "kernel is one of two steps, expected auto, sm80 or sm90");
+    const std::string refusal = sm90::input_refusal(shape);
+    arguments.check_kernel(given.kernel, refusal);
     arguments.input(arguments.matrix("grad", given.grad, shape.rows, shape.outputs, given.grad_stride, "grad_stride"));
     arguments.input(arguments.matrix("weight", given.weight, shape.outputs, shape.inputs));
     arguments.input(arguments.matrix("a", given.a, low, shape.inputs));
@@ -272,7 +290,7 @@ void lora_input(const LoraInput& given) {
     const DeviceGuard guard(shape.device, kOperation);
     arguments.check_memory();
     LoraInput call = given;
-    call.kernel = arguments.kernel(given.kernel, &LoraPlan::input);
+    call.kernel = arguments.kernel(given.kernel, &LoraPlan::input, refusal);
     if (shape.rows == 0) {
         return;
     }

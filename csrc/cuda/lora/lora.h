@@ -2,13 +2,15 @@
 // pass for a frozen W. These are the entry points; they check their arguments, choose a kernel and enqueue it.
 //
 // M rows, K inputs, N outputs in `blocks` equal blocks (1, or 3 for fused queries, keys and values), each with an adapter
-// of its own. `rank` is the rank padded with zeros to 8, 16, 32 or 64. All matrices are row-major with adjacent columns and
+// of its own. `rank` is the rank padded with zeros to 8, 16, 32 or 64, `ranks` what each block has of it: columns of s and
+// ds beyond that are written as zeros, not computed, since a padded row's 0 times an infinite element would be NaN. All matrices are row-major with adjacent columns and
 // of one element type; K and N are multiples of 8. Products are accumulated in float32; float32 operands are rounded to
 // TF32 first. Nothing is added by atomic operations, so that equal inputs give equal bits.
 #pragma once
 
 #include <cstdint>
 
+#include "common/philox.h"
 #include "cuda/dropout.h"
 
 namespace mtbert::cuda {
@@ -23,6 +25,13 @@ struct LoraMask {
     std::int64_t threshold;       // 0 to 65535
 };
 
+// The ranks in one word, a byte each, as kernels take them: without an array, which could not stay in registers.
+struct LoraRanks {
+    std::uint32_t word;
+
+    MTBERT_HOST_DEVICE constexpr int of(int block) const { return static_cast<int>(word >> 8 * block & 0xFFu); }
+};
+
 // What all calls share.
 struct LoraShape {
     std::int64_t rows;     // M
@@ -30,12 +39,21 @@ struct LoraShape {
     std::int64_t outputs;  // N, of all blocks together
     std::int64_t blocks;   // J
     std::int64_t rank;     // R, padded
+    std::int64_t ranks[3]; // of each block, 0 to R; of lora_forward and lora_low alone
     DType dtype;
     double scale;
     LoraMask mask;
     int device;
     std::uintptr_t stream;
 };
+
+inline LoraRanks lora_ranks(const LoraShape& shape) {
+    LoraRanks ranks{0};
+    for (int block = 0; block < shape.blocks; ++block) {
+        ranks.word |= static_cast<std::uint32_t>(shape.ranks[block]) << 8 * block;
+    }
+    return ranks;
+}
 
 enum class LoraKernel {
     kAuto,     // by the architecture and the shape
@@ -84,7 +102,7 @@ struct LoraInput {
     std::uintptr_t grad;    // dy [M, N]
     std::uintptr_t weight;  // [N, K]
     std::uintptr_t a;       // [J * R, K]
-    std::uintptr_t ds;      // [M, J * R]
+    std::uintptr_t ds;      // [M, J * R], as lora_low writes it
     std::uintptr_t dx;      // [M, K], written
     std::int64_t grad_stride;
     std::int64_t dx_stride;
@@ -123,8 +141,7 @@ std::int64_t grad_a_workspace(const LoraShape& shape, std::int64_t groups);
 }  // namespace sm80
 
 namespace sm90 {
-bool built();                                        // whether this binary holds the sm_90a kernels
-bool serves(const LoraShape& shape);                 // bfloat16 and float16
+bool built();  // whether this binary holds the sm_90a kernels; what they serve says sm90_limits.h
 void forward(const LoraForward& arguments, bool s_given);
 void input(const LoraInput& arguments);
 }  // namespace sm90

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/lora/lora.h"
 #include "cuda/lora/machine.h"
 #include "cuda/lora/sm80_mask.h"
 #include "cuda/lora/sm80_tile.h"
@@ -36,6 +37,7 @@ struct Forward {
     int outputs;  // of one block
     int blocks;
     int rank;
+    LoraRanks ranks;
     float s_scale;  // of the scale and the mask's scale
     Mask mask;
 };
@@ -68,6 +70,26 @@ struct LowTiles {
     MTBERT_DEVICE static int row(int g) { return 2 * kUnit * (g / 2) + g % 2; }
     // How many rows further it reads for another tile.
     MTBERT_DEVICE static int further(int tile) { return tile / kUnit * 8 * kUnit + 2 * (tile % kUnit); }
+    // The first of the neighbouring columns that lanes of this q hold of a unit.
+    MTBERT_DEVICE static int first_column(int unit, int q) { return unit * 8 * kUnit + 2 * kUnit * q; }
+
+    // Makes columns that only fill up the rank zero, whatever their sums. left_from(column): how many columns from this
+    // one on are a block's own.
+    template <typename LeftFrom>
+    MTBERT_DEVICE static void clear_padding(float (&sum)[kTiles][4], const LeftFrom& left_from) {
+        MTBERT_UNROLL
+        for (int unit = 0; unit < kTiles / kUnit; ++unit) {
+            const int left = left_from(first_column(unit, machine::lane_index() % 4));
+            MTBERT_UNROLL
+            for (int tile = 0; tile < kUnit; ++tile) {
+                MTBERT_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    float& value = sum[unit * kUnit + tile][i];
+                    value = 2 * tile + i % 2 < left ? value : 0.0f;
+                }
+            }
+        }
+    }
 };
 
 // The values of a lane for one row of a unit, scaled and rounded to T: kWords registers of neighbouring columns.
@@ -290,10 +312,12 @@ void forward_kernel(const Forward p) {
         if constexpr (kRank * kElement > (kStages - 1) * kPanelBytes) {
             machine::block_barrier();
         }
-        constexpr int kUnit = LowTiles<kRank>::kUnit;
+        using Low = LowTiles<kRank>;
+        constexpr int kUnit = Low::kUnit;
+        Low::clear_padding(low_sum, [&](int column) { return p.ranks.of(block) - column; });
         MTBERT_UNROLL
         for (int unit = 0; unit < kLowTiles / kUnit; ++unit) {
-            const int byte = (unit * 8 * kUnit + 2 * kUnit * q) * kElement;
+            const int byte = Low::first_column(unit, q) * kElement;
             MTBERT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int row = row_of(0, half);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cuda/lora/lora.h"
+#include "cuda/lora/plan.h"
 #include "cuda/lora/sm80_forward.h"
 #include "cuda/lora/sm80_grad_a.h"
 #include "cuda/lora/sm80_input.h"
@@ -30,10 +31,9 @@ using Choices = std::integer_sequence<int, kValues...>;
 
 // How work is cut: for a large GPU, whatever the card, so that equal calls give equal bits. A test has less of it.
 struct Cuts {
-    // The fewest wide tiles (128 x 256) that are taken: about as many as the card has multiprocessors.
-    static constexpr std::int64_t kWideTiles = 120;
-    // The most slabs of rows for dB, whose parts take outputs * rank floats each; and the blocks that are wanted.
-    static constexpr std::int64_t kLowSlabs = 128;
+    static constexpr LoraCard kCard = kLoraCard;
+    // The blocks that are wanted for ds and dB, and the most slabs of rows.
+    static constexpr std::int64_t kLowBlocks = 128;
     // The blocks that are wanted for dA.
     static constexpr std::int64_t kGradABlocks = 256;
 };
@@ -41,9 +41,8 @@ struct Cuts {
 // The sizes that kernels are made for, ascending; a call takes the first that holds its own. A test makes fewer.
 template <typename T>
 struct Variants : Cuts {
-    // Ranks of the fused forward kernel: with the wide tile (above that its registers do not suffice), and with the
-    // small one.
-    using Wide = std::conditional_t<kIsFloat<T>, Choices<>, Choices<8, 16>>;
+    // Ranks of the fused forward kernel: with the wide tile, and with the narrow one.
+    using Wide = std::conditional_t<kIsFloat<T>, Choices<>, Choices<8, kLoraWideRank>>;
     using Small = std::conditional_t<kIsFloat<T>, Choices<16, 64>, Choices<8, 16, 32, 64>>;
     using Rank = Small;                        // of ds and dB
     using Low = Choices<16, 32, 64, 96, 192>;  // J * R of s and dA
@@ -86,13 +85,9 @@ inline Mask make_mask(const LoraMask& mask) {
     return result;
 }
 
-// A wide tile needs the least traffic through shared memory for its products, but there have to be enough of them,
-// and little of them may lie beyond the columns.
 template <typename T, typename Sizes>
-bool is_wide(std::int64_t rows, std::int64_t columns, std::int64_t blocks) {
-    const std::int64_t tiles = ceil_div(columns, 256);
-    return !kIsFloat<T> && ceil_div(rows, 128) * tiles * blocks >= Sizes::kWideTiles &&
-           tiles * 256 * 10 <= ceil_div(columns, 128) * 128 * 11;
+bool is_wide(std::int64_t rows, std::int64_t columns, std::int64_t blocks, std::int64_t low_columns) {
+    return !kIsFloat<T> && lora_takes_wide(Sizes::kCard, rows, columns, blocks, low_columns);
 }
 
 // y, and s unless it is given.
@@ -114,6 +109,7 @@ void run_forward(const LoraForward& f, bool s_given, const Launch& launch) {
     p.outputs = static_cast<int>(shape.outputs / shape.blocks);
     p.blocks = static_cast<int>(shape.blocks);
     p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.mask = make_mask(shape.mask);
     p.s_scale = static_cast<float>(shape.scale * p.mask.scale);
     const auto start = [&](auto tile, auto kernel) {
@@ -121,7 +117,8 @@ void run_forward(const LoraForward& f, bool s_given, const Launch& launch) {
         const std::int64_t tiles = ceil_div(p.rows, Tile::kRows) * p.blocks * ceil_div(p.outputs, Tile::kColumns);
         launch(kernel, LaunchPlan{tiles, Tile::kThreads, Tile::kSharedBytes}, p);
     };
-    const bool wide = is_wide<T, Sizes>(p.rows, p.outputs, p.blocks);
+    const std::int64_t low_columns = s_given ? 0 : lora_low_columns(p.rank, p.mask.threshold != 0);
+    const bool wide = is_wide<T, Sizes>(p.rows, p.outputs, p.blocks, low_columns);
     if (s_given) {
         if constexpr (!kIsFloat<T>) {
             if (wide) {
@@ -158,6 +155,8 @@ void run_thin(const LoraForward& f, const Launch& launch) {
     p.rows = shape.rows;
     p.inputs = static_cast<int>(shape.inputs);
     p.low = static_cast<int>(shape.blocks * shape.rank);
+    p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.mask = make_mask(shape.mask);
     p.s_scale = static_cast<float>(shape.scale * p.mask.scale);
     choose(typename Sizes::Low{}, p.low, [&](auto low) {
@@ -190,14 +189,16 @@ void run_input(const LoraInput& f, const Launch& launch) {
         launch(kernel, LaunchPlan{tiles, Tile::kThreads, Tile::kSharedBytes}, p);
     };
     if constexpr (!kIsFloat<T>) {
-        if (is_wide<T, Sizes>(p.rows, p.inputs, 1)) {
+        if (is_wide<T, Sizes>(p.rows, p.inputs, 1, 0)) {
             return start(InputTile<T, 2, 2>{}, &input_kernel<T, 2, 2>);
         }
     }
     start(InputTile<T, 1, 1>{}, &input_kernel<T, 1, 1>);
 }
 
-// How the work on ds and dB is cut; where rows are few, the columns are split.
+// How the work on ds and dB is cut, in slabs of rows and runs of columns: of the ways that give as many blocks as are
+// wanted, the one whose parts are smallest. A slab leaves a part of outputs * rank floats of dB, a run of columns one of
+// rows * rank of ds.
 struct LowPlan {
     std::int64_t slab;
     std::int64_t pieces;
@@ -211,12 +212,26 @@ LowPlan plan_low(const LoraShape& shape, std::int64_t groups) {
     constexpr std::int64_t kRows = 128, kStepBytes = 128;
     const std::int64_t size = shape.dtype == DType::kFloat32 ? 4 : 2;
     LowPlan plan{};
-    plan.slab = kRows * std::max<std::int64_t>(1, ceil_div(shape.rows, kRows * Sizes::kLowSlabs));
-    plan.pieces = count_pieces(shape.rows, plan.slab, groups);
     const std::int64_t steps = ceil_div(shape.outputs / shape.blocks * size, kStepBytes);
-    const std::int64_t wanted = ceil_div(Sizes::kLowSlabs, ceil_div(shape.rows, plan.slab) * shape.blocks);
-    plan.split_steps = ceil_div(steps, std::min(steps, wanted));
-    plan.splits = ceil_div(steps, plan.split_steps);
+    const std::int64_t least = std::max<std::int64_t>(1, ceil_div(shape.rows, kRows * Sizes::kLowBlocks));
+    const std::int64_t most = std::max<std::int64_t>(least, low_passes(shape.rank, size));
+    std::int64_t blocks = 0, smallest = 0;  // of the first way, and its parts in floats by the rank
+    for (std::int64_t lines = least; lines <= most; ++lines) {
+        const std::int64_t slabs = ceil_div(shape.rows, kRows * lines);
+        const std::int64_t wanted = ceil_div(Sizes::kLowBlocks, slabs * shape.blocks);
+        const std::int64_t split_steps = ceil_div(steps, std::min(steps, wanted));
+        const std::int64_t splits = ceil_div(steps, split_steps);
+        const std::int64_t parts =
+            (slabs > 1 ? slabs * shape.outputs : 0) + (splits > 1 ? splits * shape.rows * shape.blocks : 0);
+        if (lines == least || (slabs * splits >= blocks && parts < smallest)) {
+            blocks = lines == least ? std::min(slabs * splits, ceil_div(Sizes::kLowBlocks, shape.blocks)) : blocks;
+            smallest = parts;
+            plan.slab = kRows * lines;
+            plan.split_steps = split_steps;
+            plan.splits = splits;
+        }
+    }
+    plan.pieces = count_pieces(shape.rows, plan.slab, groups);
     plan.part_b = plan.pieces > 1 ? plan.pieces * shape.outputs * shape.rank : 0;
     plan.part_ds = plan.splits > 1 ? plan.splits * shape.rows * shape.blocks * shape.rank : 0;
     return plan;
@@ -245,6 +260,7 @@ void run_low(const LoraLow& f, const Launch& launch) {
     p.outputs = static_cast<int>(shape.outputs / shape.blocks);
     p.blocks = static_cast<int>(shape.blocks);
     p.rank = static_cast<int>(shape.rank);
+    p.ranks = lora_ranks(shape);
     p.splits = static_cast<int>(plan.splits);
     p.split_steps = static_cast<int>(plan.split_steps);
     p.scale = static_cast<float>(shape.scale);

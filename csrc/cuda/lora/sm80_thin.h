@@ -22,6 +22,8 @@ struct Thin {
     std::int64_t rows;
     int inputs;  // K
     int low;     // J * R
+    int rank;    // R
+    LoraRanks ranks;
     float s_scale;
     Mask mask;
 };
@@ -138,9 +140,13 @@ void thin_kernel(const Thin p) {
                 sum[i][j] += machine::bits_float(words.word[j]);
             }
         }
+        // A unit's neighbouring columns, eight at most, are of one block.
+        Low::clear_padding(sum, [&](int column) {
+            return column < p.low ? p.ranks.of(column / p.rank) - column % p.rank : 0;
+        });
         MTBERT_UNROLL
         for (int unit = 0; unit < Low::kTiles / Low::kUnit; ++unit) {
-            const int byte = (unit * 8 * Low::kUnit + 2 * Low::kUnit * q) * kElement;
+            const int byte = Low::first_column(unit, q) * kElement;
             MTBERT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 if (row_of(half) < rows_there) {

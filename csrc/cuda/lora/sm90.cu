@@ -156,14 +156,9 @@ void input_by_columns(InputArguments& arguments, const LoraShape& shape) {
     }
 }
 
-
 }  // namespace
 
 bool built() { return true; }
-
-bool serves(const LoraShape& shape) {
-    return (shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16) && can_cut(shape);
-}
 
 void forward(const LoraForward& call, bool s_given) {
     const LoraShape& shape = call.shape;

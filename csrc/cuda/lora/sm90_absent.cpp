@@ -7,8 +7,6 @@ namespace mtbert::cuda::sm90 {
 
 bool built() { return false; }
 
-bool serves(const LoraShape&) { return false; }
-
 void forward(const LoraForward&, bool) { throw std::logic_error("lora_forward: there are no sm_90a kernels"); }
 
 void input(const LoraInput&) { throw std::logic_error("lora_input: there are no sm_90a kernels"); }

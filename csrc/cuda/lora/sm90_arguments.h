@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <limits>
 
 #include "cuda/lora/lora.h"
 #include "cuda/lora/sm90_forward.h"
@@ -31,17 +30,6 @@ struct Cut {
 
 // The rank as it is multiplied: 8 as 16, where TMA reads zeros beyond the matrices.
 constexpr int multiplied_rank(std::int64_t rank) { return rank < kStep ? kStep : static_cast<int>(rank); }
-
-// Tiles are counted in 32 bits, and TMA wants rows that start on multiples of 16 bytes.
-inline bool can_cut(const LoraShape& shape) {
-    constexpr std::int64_t kMost = std::int64_t{1} << 30;
-    const std::int64_t block_columns = shape.outputs / shape.blocks;
-    const std::int64_t lines = ceil_divide(shape.rows, kTileRows);
-    return block_columns % kDropoutLanes == 0 && shape.rows <= kMost && shape.inputs <= kMost &&
-           shape.outputs <= kMost &&
-           lines * ceil_divide(block_columns, kTileRows) * shape.blocks <= kMost &&
-           lines * ceil_divide(shape.inputs, kTileRows) <= kMost;
-}
 
 inline const void* pointer(std::uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
@@ -85,6 +73,7 @@ ForwardArguments make_arguments(const LoraForward& call, bool s_given, const Cut
     arguments.rows = static_cast<int>(shape.rows);
     arguments.slices = static_cast<int>(ceil_divide(shape.inputs, kDepth));
     arguments.rank = static_cast<int>(shape.rank);
+    arguments.ranks = lora_ranks(shape);
     arguments.blocks = static_cast<int>(shape.blocks);
     arguments.schedule = plan_schedule(shape.rows, block_columns, arguments.blocks, cut.columns, cut.cluster,
                                        cut.multiprocessors);

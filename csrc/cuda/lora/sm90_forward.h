@@ -27,6 +27,7 @@ struct ForwardArguments {
     int rows;
     int slices;  // of 64 along K
     int rank;    // in memory, where s has blocks * rank columns
+    LoraRanks ranks;
     int blocks;
     Schedule schedule;
     bool s_given;      // s is read, A is not looked at
@@ -212,14 +213,16 @@ struct ForwardWarp {
     }
 
     // The fragments of s from its sums: the registers of two neighbouring 8-column tiles are those of one first
-    // operand.
-    MTBERT_DEVICE void round_s() {
+    // operand. Columns beyond the block's rank become zero, whatever their sums.
+    MTBERT_DEVICE void round_s(int rank) {
         MTBERT_UNROLL
         for (int step = 0; step < kRank / kStep; ++step) {
             MTBERT_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int first = pair_accumulator(step, i, 0);
-                s[step][i] = machine::pack<T>(low[first] * arguments.s_factor, low[first + 1] * arguments.s_factor);
+                const int left = rank - kStep * step - operand_column(place.lane, i);
+                s[step][i] = machine::pack<T>(left > 0 ? low[first] * arguments.s_factor : 0.0f,
+                                              left > 1 ? low[first + 1] * arguments.s_factor : 0.0f);
             }
         }
     }
@@ -293,7 +296,7 @@ struct ForwardWarp {
                 } else {
                     sum_slices<true>();
                 }
-                round_s();
+                round_s(arguments.ranks.of(tile.block));
                 if (tile.first) {
                     write_s(tile);
                 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/lora/sm90_arguments.h"
+#include "cuda/lora/sm90_limits.h"
 #include "machine_host.h"
 
 using namespace mtbert;
@@ -109,8 +110,8 @@ extern "C" {
 const char* emulate_forward(const LoraForward* call, int s_given, const Way* way) {
     return guarded([&] {
         const LoraShape& shape = call->shape;
-        if (!can_cut(shape)) {
-            throw std::invalid_argument("not served");
+        if (const std::string refusal = forward_refusal(shape); !refusal.empty()) {
+            throw std::invalid_argument(refusal);
         }
         const ForwardArguments arguments = make_arguments(*call, s_given != 0, way->cut(), make_map);
         Emulator emulator(way->order, way->late != 0);
