@@ -174,7 +174,8 @@ def by_stream(
 ) -> tuple[tuple[ForwardContext, Tensor] | None, tuple[ForwardContext, Tensor] | None]:
     """The pass and the hidden states [T, C] of `streams`, and those of all other streams; None where there are none.
 
-    The batch of `context` must be a `TaskBatch` whose segments hold every row and every token.
+    All count as others where only some of them are asked for, and these or the others have no tokens. The batch of
+    `context` must be a `TaskBatch` whose segments hold every row and every token.
     """
     whole = cast(TaskBatch, context.batch)
     inside, outside = (
@@ -183,7 +184,7 @@ def by_stream(
     )
     if not outside:
         return (context, hidden), None
-    if not inside:
+    if not all(any(segment.tokens for segment in side) for side in (inside, outside)):
         return None, (context, hidden)
 
     def part(chosen: tuple[TaskSegment, ...]) -> tuple[ForwardContext, Tensor]:

@@ -164,6 +164,17 @@ def test_rows_without_tokens(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (found[stream][rows] - expected[stream][rows]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("lengths", [{"sst": [0], "sts": [3, 2]}, {"sst": [3, 2], "sts": [0, 0]}], ids=str)
+def test_streams_without_tokens(tiny_bert: Path, lengths: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others, whether they are pooled by first tokens or by their mean."""
+    model, batch = build(tiny_bert, mixed=True, pals=PALS), random_batch(lengths, 100)
+    expected = outputs(model, batch, monkeypatch, whole=True)[0]
+    found = outputs(model, batch, monkeypatch, whole=False)[0]
+    for stream, rows in found.items():
+        assert rows.isfinite().all()
+        assert not any(lengths[stream]) or torch.equal(rows, expected[stream])
+
+
 def test_merged_adapters(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(tiny_bert, "lora", lora=LORA), random_batch(LENGTHS, 100)
     merge(model.encoder)
