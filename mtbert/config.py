@@ -61,7 +61,8 @@ class TrainConfig:
     seeds: int = 1
     """Runs with seeds seed, seed + 1, ...; more than one gives mean and deviation."""
     precision: Precision = "auto"
-    """Compute type; auto: bf16 where the hardware multiplies it natively, else float32."""
+    """What the encoder computes in, over float32 weights: float32, tf32 (float32, multiplied as TF32 on a GPU), bf16, or
+    fp16 (with a dynamic loss scale); auto: bf16 where the hardware multiplies it natively, else float32."""
     max_tokens: int = 4096
     """Token budget of one forward and backward pass; a larger step takes several passes with the same result."""
     device: str = "auto"

@@ -25,6 +25,7 @@ from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
+from mtbert.engine.precision import product_settings
 from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
@@ -95,7 +96,7 @@ def train_seeds(config: TrainConfig, parent: RunFolder, options: Sequence[str] =
 
 def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None:
     """One training run in `run` with what stands before it, from its start or from its newest checkpoint."""
-    with logging_to(run.log_path), memory_errors(config.max_tokens):
+    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         parts = assemble(config)
         check_stages(config, run.path, assemble)
         facts = run_facts(parts.machine)
@@ -106,7 +107,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
     if config.pretraining.active:
         del parts
         start = run_pretraining(config, run, train)  # its stages have logs of their own
-    with logging_to(run.log_path), memory_errors(config.max_tokens):
+    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         if start is not config:
             parts = assemble(start)
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
@@ -167,7 +168,7 @@ def announce(config: TrainConfig, machine: Machine, model: MultiTaskModel, data:
         f"{total.trainable:,}",
         f"{total.total:,}",
         machine.device,
-        str(machine.dtype).removeprefix("torch."),
+        machine.arithmetic,
     )
     for name, splits in data.items():
         sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in splits.items())

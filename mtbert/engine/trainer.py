@@ -237,7 +237,7 @@ class Trainer:
 
     def _log_window(self, lr: float, bar: tqdm[Any]) -> None:
         window, self._window = self._window, Window()
-        if not window.steps:
+        if not window.steps and not window.skipped:
             return
         line = window.to_json()
         self._write(
