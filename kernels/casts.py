@@ -26,9 +26,10 @@ class _Cast(NamedTuple):
 class WeightCasts:
     """Keeps casts: those of `frozen` parameters for good, all others until its `with` block ends.
 
-    A cast is made again where its parameter was changed in place (its version) or was given other memory. A replayed
-    CUDA graph changes parameters without a new version, so nothing that is trained outlives the block: a step that is
-    captured with its block makes its casts at every replay.
+    A cast is made again where its parameter was changed in place (its version) or was given other memory. But neither
+    a fused optimizer nor a replayed CUDA graph gives the parameters that they change a new version, so nothing that is
+    trained outlives the block, and no optimizer may step within it. A step that is captured with its block makes its
+    casts at every replay.
     """
 
     def __init__(self, frozen: Iterable[Tensor] = ()) -> None:
