@@ -110,7 +110,9 @@ def measure(data: str, seeds: int, steps: int) -> dict[str, object]:
         "environment": environment("cpu"),
         "processor_seconds": round(time.process_time() - begun),
         "data": Path(data).name,
-        "curves": {kind: [[round(loss, 5) for loss in each] for each in found] for kind, found in curves.items()},
+        "curves": {
+            kind: [[round(loss, 5) for loss in each] for each in found] for kind, found in curves.items()
+        },
     }
 
 
@@ -129,7 +131,9 @@ def draw(record: dict, path: Path) -> None:
             apart = lines - np.stack([smoothed(curve) for curve in curves[FLOAT32]])
             right.plot(steps, apart.mean(0), color=color, label=f"{kind} − float32")
             right.fill_between(steps, apart.min(0), apart.max(0), color=color, alpha=0.15, linewidth=0)
-    right.axhspan(-spread(curves[FLOAT32]) / 2, spread(curves[FLOAT32]) / 2, color=GREY, alpha=0.2, linewidth=0)
+    right.axhspan(
+        -spread(curves[FLOAT32]) / 2, spread(curves[FLOAT32]) / 2, color=GREY, alpha=0.2, linewidth=0
+    )
     right.axhline(0.0, color=GREY, linewidth=0.8)
     left.set_title(f"Training loss, mean of {SMOOTHED} steps")
     right.set_title("Distance from float32 with the same seed")
@@ -141,7 +145,9 @@ def draw(record: dict, path: Path) -> None:
 
 def main() -> None:
     """Measure, record, draw."""
-    parser = argparse.ArgumentParser(prog="python -m bench.precision_curves", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.precision_curves", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", default="sample", help="folder in the CS224N layout, or sample")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=240)

@@ -72,7 +72,12 @@ _active: WeightCasts | None = None
 
 def cast_weight(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The kept cast of a parameter to `dtype`; None where it has that dtype already or nothing keeps casts."""
-    if _active is None or parameter.dtype == dtype or parameter.is_inference() or torch.compiler.is_compiling():
+    if (
+        _active is None
+        or parameter.dtype == dtype
+        or parameter.is_inference()
+        or torch.compiler.is_compiling()
+    ):
         return None
     return _active.of(parameter, dtype)
 

@@ -17,7 +17,15 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.masking import hold_out, masking, sentences, take_rows
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
-from mtbert.engine.build import Machine, loss_scaler, prepare_machine, resolved, run_facts, tasks_of, token_cache
+from mtbert.engine.build import (
+    Machine,
+    loss_scaler,
+    prepare_machine,
+    resolved,
+    run_facts,
+    tasks_of,
+    token_cache,
+)
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.export import export_encoder
 from mtbert.engine.finish import load_best_weights

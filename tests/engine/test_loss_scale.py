@@ -120,7 +120,9 @@ def test_gradients_and_surgery_are_those_of_float32_to_float16_s_accuracy(
     assert float(reports[1].total) == pytest.approx(float(reports[0].total), rel=5e-3)
     if surgery.method != "sum":
         grams = [each.gradients.gram for each in reports if each.gradients is not None]
-        torch.testing.assert_close(grams[1], grams[0], rtol=0.02, atol=0.01 * float(grams[0].diagonal().mean()))
+        torch.testing.assert_close(
+            grams[1], grams[0], rtol=0.02, atol=0.01 * float(grams[0].diagonal().mean())
+        )
 
 
 def test_the_scale_is_what_keeps_small_gradients(tiny_bert: Path, tmp_path: Path) -> None:
@@ -236,7 +238,9 @@ class NoHostReads(TorchDispatchMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = function.overloadpacket.__name__
-        assert name.lstrip("_") not in {each.lstrip("_") for each in self.FORBIDDEN}, f"{name} reads the device"
+        assert name.lstrip("_") not in {each.lstrip("_") for each in self.FORBIDDEN}, (
+            f"{name} reads the device"
+        )
         return function(*args, **(kwargs or {}))
 
 
