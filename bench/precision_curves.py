@@ -1,10 +1,10 @@
 """Loss curves of bf16 against float32, and of a planted error beside them.
 
-    python -m bench.precision_curves --data DIR         writes docs/precision.png and bench/results/precision-curves.json
-    python -m bench.precision_curves --plot             draws the picture of the recorded curves again
+    python -m bench.precision_curves --data DIR     docs/precision.png and bench/results/precision-curves.json
+    python -m bench.precision_curves --plot         the picture of the recorded curves again
 
-The first steps of fine-tuning MiniLM on three tasks: for every seed the same initial heads, batches and dropout masks in
-every precision. The planted error keeps the master weights in bfloat16, as a bf16 path without float32 weights would:
+The first steps of fine-tuning MiniLM on three tasks: for every seed the same initial heads, batches and dropout masks
+in every precision. The planted error keeps the master weights in bfloat16, as a bf16 path without float32 weights does:
 updates smaller than half a bfloat16 step are lost. It must leave the band that the seeds span; bf16 must not.
 """
 
@@ -129,7 +129,7 @@ def draw(record: dict, path: Path) -> None:
         left.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
         if kind != FLOAT32:
             apart = lines - np.stack([smoothed(curve) for curve in curves[FLOAT32]])
-            right.plot(steps, apart.mean(0), color=color, label=f"{kind} − float32")
+            right.plot(steps, apart.mean(0), color=color, label=f"{kind} - float32")
             right.fill_between(steps, apart.min(0), apart.max(0), color=color, alpha=0.15, linewidth=0)
     right.axhspan(
         -spread(curves[FLOAT32]) / 2, spread(curves[FLOAT32]) / 2, color=GREY, alpha=0.2, linewidth=0
@@ -160,10 +160,9 @@ def main() -> None:
         RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
     draw(record, PICTURE)
     curves = record["curves"]
-    print(
-        f"seeds of float32 lie {spread(curves[FLOAT32]):.4f} apart; bf16 is at most {gap(curves[BF16], curves[FLOAT32]):.4f}"
-        f" from float32, with bf16 master weights {gap(curves[BROKEN], curves[FLOAT32]):.4f}"
-    )
+    print(f"seeds of float32 lie {spread(curves[FLOAT32]):.4f} apart (median over steps)")
+    for kind in (BF16, BROKEN):
+        print(f"{kind}: at most {gap(curves[kind], curves[FLOAT32]):.4f} from float32")
 
 
 if __name__ == "__main__":

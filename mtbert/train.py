@@ -24,8 +24,8 @@ from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
-from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.precision import product_settings
+from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder
@@ -133,6 +133,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
                 unfreezing=parts.unfreezing,
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                compiled=parts.compiled,
             )
             if resumed:
                 trainer.resume()

@@ -17,6 +17,7 @@ from mtbert.engine.build import (
     task_batches,
     tasks_of,
 )
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
@@ -46,6 +47,7 @@ class Parts:
     curriculum: Curriculum
     unfreezing: Unfreezing | None
     evaluator: Evaluator
+    compiled: CompiledParts | None = None
 
 
 def assemble(config: TrainConfig) -> Parts:
@@ -61,6 +63,9 @@ def assemble(config: TrainConfig) -> Parts:
     forward = build_forward(config, model, machine)
     losses = task_losses(config, machine, data)
     train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
+    compiled = CompiledParts() if config.compile else None
+    if compiled is not None:  # after the objectives have taken their copies of the model
+        compiled.add_tasks(model, losses)
     batches = task_batches(config, data)
     curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
@@ -76,4 +81,6 @@ def assemble(config: TrainConfig) -> Parts:
         quality=sentence_quality(config, forward, tables, data, tokeniser),
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
-    return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)
+    return Parts(
+        machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, compiled
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,12 @@ class MlmData:
         return digest.hexdigest()
 
 
+def word_losses(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy [M], at least float32, of scores [M, V]; targets: int64 [M]."""
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return F.cross_entropy(wide, targets, reduction="none")
+
+
 @dataclass(frozen=True)
 class MlmForward:
     """Guesses hidden tokens."""
@@ -53,6 +59,8 @@ class MlmForward:
     model: MlmModel
     device: torch.device
     dtype: torch.dtype
+    losses: Callable[[Tensor, Tensor], Tensor] = word_losses
+    """`word_losses`, or the same compiled."""
 
     def __call__(self, masked: MaskedBatch, dropout: DropoutStream | None) -> tuple[Tensor, Tensor]:
         """Scores [M, V] of all words at the hidden tokens, and the cross-entropy [M], at least float32."""
@@ -61,8 +69,7 @@ class MlmForward:
         with span("forward"):
             scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
         with span("loss"), span("loss", NAME) as opened:
-            wide = scores if scores.dtype == torch.float64 else scores.float()
-            losses = F.cross_entropy(wide, masked.targets, reduction="none")
+            losses = self.losses(scores, masked.targets)
             opened.ends_in(losses)
         return scores, losses
 

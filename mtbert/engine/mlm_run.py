@@ -27,13 +27,14 @@ from mtbert.engine.build import (
     token_cache,
 )
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.export import export_encoder
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
-from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep
-from mtbert.engine.profiling import check_profile, profiling
+from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep, word_losses
 from mtbert.engine.precision import product_settings
+from mtbert.engine.profiling import check_profile, profiling
 from mtbert.engine.run_folder import MLM_RUN, RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
@@ -130,7 +131,9 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
         folder = resolve(config.model.pretrained)
         data = mlm_data(config, folder)
         model = build_mlm_model(config, folder, data).to(machine.device)
-        forward = MlmForward(model, machine.device, machine.dtype)
+        compiled = CompiledParts() if config.compile else None
+        losses = word_losses if compiled is None else compiled.add("masked words", word_losses)
+        forward = MlmForward(model, machine.device, machine.dtype, losses)
         optim = replace(
             config.optim,
             lr=settings.mlm_lr,
@@ -167,6 +170,7 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
                 run=config.run,
                 fingerprint={"data": data.fingerprint(), "environment": facts},
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                compiled=compiled,
             )
             if resumed:
                 trainer.resume()

@@ -122,7 +122,16 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             attention_heads=config.model.attention_heads,
             pool_layer=config.model.pool_layer,
         )
-        machine = ("precision", "max_tokens", "device", "threads", "kernels", "profile", "profiling")
+        machine = (
+            "precision",
+            "max_tokens",
+            "device",
+            "threads",
+            "kernels",
+            "compile",
+            "profile",
+            "profiling",
+        )
         kept = ("data", "seed", "cache", "plugins", *machine)
         own = type(config)(
             **{field: getattr(config, field) for field in kept},

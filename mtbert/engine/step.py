@@ -105,7 +105,10 @@ class StepResult:
 
 _ADVICE = "The update was skipped, so the weights are as they were; a lower optim.lr or float32 may help"
 
-_FP16_ADVICE = "The updates were skipped, so the weights are as they were; precision bf16 or float32, or a lower optim.lr, may help"
+_FP16_ADVICE = (
+    "The updates were skipped, so the weights are as they were; precision bf16 or float32 or a lower"
+    " optim.lr may help"
+)
 
 
 def _shorten(ids: Sequence[str], most: int = 20) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mtbert.curriculum import Curriculum, Plan
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.environment import environment_differences
 from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.interruptions import stop_requests
@@ -134,8 +135,12 @@ class Trainer:
         fingerprint: dict[str, Any],
         unfreezing: Unfreezing | None = None,
         listeners: Sequence[Listener] = (),
+        compiled: CompiledParts | None = None,
     ) -> None:
-        """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run."""
+        """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run.
+
+        compiled: what torch.compile runs; every epoch's line says how often it compiled.
+        """
         self.model = model
         self.train_step = train_step
         self.optimizer = train_step.optimizer
@@ -149,6 +154,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.unfreezing = unfreezing
         self.listeners = listeners
+        self.compiled = compiled
         self.total_steps = curriculum.total_steps
         self.progress = Progress()
         self._window = Window()
@@ -263,6 +269,7 @@ class Trainer:
                 "tokens": tokens,
                 "tokens_per_second": tokens / max(seconds, 1e-9),
             }
+            | ({} if self.compiled is None else {"compiled": self.compiled.to_json()})
         )
 
     def evaluate(self, phase: str | None = None) -> None:

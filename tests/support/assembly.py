@@ -64,7 +64,7 @@ def shortened(table: Table, rows: int) -> Table:
 
 
 def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: int = 60) -> Assembly:
-    """Build it with activations of `dtype` and parameters of at least float32, from the first `rows` rows of a table."""
+    """Build it with activations of `dtype`, parameters of at least float32 and the first `rows` rows of every table."""
     tasks = tasks_of(config)
     tables = {
         name: {split: shortened(table, rows) for split, table in splits.items()}
