@@ -11,7 +11,7 @@ from mtbert.engine.build import Machine, build_forward, load_model, prepare_mach
 from mtbert.engine.export import is_exported
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.forward import Forward
-from mtbert.engine.precision import has_tf32, resolve_device
+from mtbert.engine.precision import precision_elsewhere, resolve_device
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError
 from mtbert.model.multitask import MultiTaskModel
@@ -48,11 +48,10 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
         raise ConfigError(
             f"{run.path} is masked-language modelling, which trains no task; its encoder is {run.path / ENCODER_FOLDER}"
         )
-    # The machine of the training need not be this one. TF32 is float32 with less precise products: where there is none,
-    # the run computes as well in float32.
-    config = dataclasses.replace(config, device=device or "auto", threads=0)
-    if config.precision == "tf32" and not has_tf32(resolve_device(config.device)):
-        config = dataclasses.replace(config, precision="float32")
+    # The machine of the training need not be this one.
+    place = resolve_device(device or "auto")
+    precision = precision_elsewhere(config.precision, place)
+    config = dataclasses.replace(config, device=str(place), threads=0, precision=precision)
     machine = prepare_machine(config)
     model, tokeniser = load_model(config, machine)
     step = load_best_weights(model, run.checkpoints)

@@ -73,6 +73,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return precision
 
 
+def precision_elsewhere(precision: Precision, device: torch.device) -> Precision:
+    """What a model trained with `precision` computes in on another device: TF32 is less precise float32."""
+    return "float32" if precision == "tf32" and not has_tf32(device) else precision
+
+
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The type of the encoder's activations. Raises ConfigError for what the device cannot do."""
     return DTYPES[resolve_precision(precision, device)]
@@ -85,7 +90,7 @@ def product_settings(precision: Precision) -> Iterator[None]:
     So `float32` means float32 whatever the process was set to. For `fp16` the parts of a float16 product are added up
     in float32, since they may overflow where their sum does not.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     narrow_sums = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     try:

@@ -228,10 +228,14 @@ class Head(nn.Module):
         x = self._drop(x, dropout_row, dropout, depth)
         if dropout is None or not is_random(self.config.activation):
             return self.parts["dense"](x, layer.weight, layer.bias)
+        return self._activate(layer(x), dropout_row, dropout, depth)
+
+    def _activate(self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream, depth: int) -> Tensor:
+        """The random activation."""
         draw = dropout.at(0.5, activation_site(self.index, depth))
         if dropout_row is None or draw is None:
             raise ValueError("a random activation in training needs dropout_row")
-        return random_relu(layer(x), dropout_row, draw)
+        return random_relu(x, dropout_row, draw)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.activation(F.linear(x, weight, bias))

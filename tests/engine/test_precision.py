@@ -18,6 +18,7 @@ from mtbert.engine.precision import (
     DTYPES,
     compute_dtype,
     has_fast_bf16,
+    precision_elsewhere,
     product_settings,
     resolve_precision,
 )
@@ -201,6 +202,7 @@ def test_a_precision_that_the_device_lacks_names_those_that_it_has() -> None:
     native = "bf16 or float32" if has_fast_bf16(CPU) else "float32"
     with pytest.raises(ConfigError, match=rf"precision: tf32 needs a GPU .* possible: {native}$"):
         resolve_precision("tf32", CPU)
+    assert [precision_elsewhere(p, CPU) for p in ("tf32", "fp16")] == ["float32", "fp16"]
     assert compute_dtype("fp16", CPU) == torch.float16
     assert resolve_precision("auto", CPU) == ("bf16" if has_fast_bf16(CPU) else "float32")
 
