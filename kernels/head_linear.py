@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from mtbert.ranges import operation
 
 from . import dispatch, reference
+from .casts import cast_weight
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, split
 from .linear import row_sums
@@ -37,35 +38,40 @@ def head_linear(
     implementation, _ = dispatch.select("head_linear", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
         return reference.head_linear(x, weight, bias, segments=segments)
-    return _HeadLinear.apply(x, groups, *parameters, *companions)
+    return _HeadLinear.apply(x, groups, cast_weight(weight, x.dtype), *parameters, *companions)
 
 
 class _HeadLinear(torch.autograd.Function):
-    """One batched product over the heads; saves the cast weight, and x where the weight is trained."""
+    """One batched product over the heads; saves the cast weight, and x where the weight is trained.
+
+    cast: the weight's, where it is kept.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         groups: list[slice],
+        cast: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         *companions: Tensor | None,
     ) -> Tensor:
-        need_x, _, need_weight, _, need_weights, _ = ctx.needs_input_grad
-        cast_weight = weight.to(x.dtype)
-        ctx.save_for_backward(x if need_weight or need_weights else None, cast_weight if need_x else None)
+        need_x, _, _, need_weight, _, need_weights, _ = ctx.needs_input_grad
+        if cast is None:
+            cast = weight.to(x.dtype)
+        ctx.save_for_backward(x if need_weight or need_weights else None, cast if need_x else None)
         ctx.groups = groups
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        out = torch.bmm(x.transpose(0, 1), cast_weight.transpose(1, 2)).transpose(0, 1).contiguous()
+        out = torch.bmm(x.transpose(0, 1), cast.transpose(1, 2)).transpose(0, 1).contiguous()
         return out if bias is None else out.add_(bias.to(x.dtype).view(weight.shape[:2]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, _, *need_parameters = ctx.needs_input_grad[:4]
-        need_companions = ctx.needs_input_grad[4:]
+        need_x, _, _, *need_parameters = ctx.needs_input_grad[:5]
+        need_companions = ctx.needs_input_grad[5:]
         need_weight, need_bias = map(any, zip(need_parameters, need_companions, strict=True))
         weight_dtype, bias_dtype = ctx.dtypes
         grad = grad.contiguous()
@@ -77,4 +83,4 @@ class _HeadLinear(torch.autograd.Function):
             dweight = torch.stack(products).to(weight_dtype)
         if need_bias:
             dbias = row_sums(grad.flatten(1), ctx.groups).to(bias_dtype)
-        return dx, None, *deliver([dweight, dbias], need_parameters, need_companions)
+        return dx, None, None, *deliver([dweight, dbias], need_parameters, need_companions)

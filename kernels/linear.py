@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from mtbert.ranges import operation
 
 from . import dispatch, extension, reference
+from .casts import cast_weight
 from .checks import check_parameter, check_tensor
 from .grouped import deliver, part, split
 from .segments import Segments
@@ -22,7 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments
     """x weight^T + bias.
 
     x: [T, K], contiguous; weight: [N, K]; bias: [N] or None; parameters of any floating dtype: they are cast to that of
-    x (free where they have it already), and their gradients come back in theirs; none is computed for a frozen one.
+    x (free where they have it already; a weight once within `WeightCasts`), and their gradients come back in theirs;
+    none is computed for a frozen one.
     segments: groups of the T rows; a parameter's companion gets one gradient a group instead of the parameter. Returns
     [T, N] in the dtype of x. Raises ValueError naming the argument that does not fit.
     """
@@ -31,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, segments: Segments
     implementation, _ = dispatch.select("linear", device=x.device.type, dtype=x.dtype)
     if implementation == "reference":
         return reference.linear(x, weight, bias, segments=segments)
-    return _Linear.apply(x, groups, *parameters, *companions)
+    return _Linear.apply(x, groups, cast_weight(weight, x.dtype), *parameters, *companions)
 
 
 def check_product(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -43,30 +45,32 @@ def check_product(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the cast weight for the input's gradient, and x only where the weight is trained."""
+    """Keeps the cast weight for the input's gradient, and x only where the weight is trained. cast: the weight's."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         groups: list[slice],
+        cast: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         *companions: Tensor | None,
     ) -> Tensor:
-        need_x, _, need_weight, _, need_weights, _ = ctx.needs_input_grad
-        cast_weight = weight.to(x.dtype)
-        ctx.save_for_backward(x if need_weight or need_weights else None, cast_weight if need_x else None)
+        need_x, _, _, need_weight, _, need_weights, _ = ctx.needs_input_grad
+        if cast is None:
+            cast = weight.to(x.dtype)
+        ctx.save_for_backward(x if need_weight or need_weights else None, cast if need_x else None)
         ctx.groups = groups
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, _, *need_parameters = ctx.needs_input_grad[:4]
-        need_companions = ctx.needs_input_grad[4:]
+        need_x, _, _, *need_parameters = ctx.needs_input_grad[:5]
+        need_companions = ctx.needs_input_grad[5:]
         need_weight, need_bias = map(any, zip(need_parameters, need_companions, strict=True))
         weight_dtype, bias_dtype = ctx.dtypes
         grad = grad.contiguous()
@@ -74,7 +78,8 @@ class _Linear(torch.autograd.Function):
             products(grad, x, ctx.groups).to(weight_dtype) if need_weight else None,
             row_sums(grad, ctx.groups).to(bias_dtype) if need_bias else None,
         ]
-        return (grad @ weight if need_x else None, None, *deliver(sums, need_parameters, need_companions))
+        taken = deliver(sums, need_parameters, need_companions)
+        return (grad @ weight if need_x else None, None, None, *taken)
 
 
 def products(left: Tensor, right: Tensor, groups: list[slice]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from mtbert.ranges import operation
 
 from . import dispatch, extension, reference
+from .casts import cast_weight
 from .checks import check_dropout, check_parameter, fail
 from .dropout import apply_mask
 from .grouped import Split, deliver, split
@@ -37,7 +38,7 @@ def lora_linear(
     """x weight^T + bias + scale (dropout(x) lora_a^T) lora_b^T.
 
     x: [T, K], contiguous; weight: [N, K]; bias: [N] or None; lora_a: [r, K]; lora_b: [N, r]; parameters of any floating
-    dtype, cast to that of x (give a frozen weight in the dtype of x, and no cast is made). Gradients come back in the
+    dtype, cast to that of x (the weight once within `WeightCasts`). Gradients come back in the
     parameters' dtypes; none is computed for a frozen one. dropout_row: int32 [T]. segments: groups of the T rows;
     a parameter's companion gets one gradient a group instead of the parameter. Returns [T, N] in the dtype of x. Raises
     ValueError naming the argument that does not fit.
@@ -60,7 +61,7 @@ def lora_linear(
             dropout=active,
             segments=segments,
         )
-    return _adapted(implementation, x, scale, dropout_row, active, segments, parts)
+    return _adapted(implementation, x, weight, scale, dropout_row, active, segments, parts)
 
 
 @operation("lora_qkv")
@@ -106,7 +107,7 @@ def lora_qkv(
             dropout=active,
             segments=segments,
         )
-    return _adapted(implementation, x, scale, dropout_row, active, segments, parts)
+    return _adapted(implementation, x, weight, scale, dropout_row, active, segments, parts)
 
 
 def _select(operation: str, x: Tensor, parts: Split) -> str:
@@ -131,17 +132,21 @@ def _select(operation: str, x: Tensor, parts: Split) -> str:
 def _adapted(
     implementation: str,
     x: Tensor,
+    weight: Tensor,
     scale: float,
     dropout_row: Tensor | None,
     dropout: Dropout | None,
     segments: Segments | None,
     parts: Split,
 ) -> Tensor:
-    """By the extension where it serves, else by PyTorch's products."""
+    """By the extension where it serves, else by PyTorch's products. weight: the first of the parts' parameters."""
     groups, parameters, companions = parts
+    cast = cast_weight(weight, x.dtype)
     if implementation != "cuda":
         blocks = len(parameters) // 2 - 1
-        return _Lora.apply(x, scale, dropout_row, dropout, blocks, groups, *parameters, *companions)
+        return _Lora.apply(x, scale, dropout_row, dropout, blocks, groups, cast, *parameters, *companions)
+    if cast is not None:  # it is frozen, so that the kernels need no more of it
+        parameters = [cast, *parameters[1:]]
     bounds = segments.bounds_on(x.device) if segments is not None and len(groups) > 1 else None
     rows = None if dropout is None else dropout_row
     return fused(x, parameters, companions, scale, rows, dropout, bounds, len(groups))
@@ -153,6 +158,10 @@ def _check_adapter(
     a, b = adapter
     check_parameter(operation, f"{argument} a", a, (None, x.shape[1]), x)
     check_parameter(operation, f"{argument} b", b, (outputs, a.shape[0]), x)
+
+
+_TAKERS = 7
+"""The first argument of `_Lora.forward` that takes a gradient, beside x."""
 
 
 class _Lora(torch.autograd.Function):
@@ -171,14 +180,16 @@ class _Lora(torch.autograd.Function):
         dropout: Dropout | None,
         blocks: int,
         groups: list[slice],
+        cast: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         *rest: Tensor | None,
     ) -> Tensor:
-        """rest: A and B of each block, then the companions of all parameters."""
+        """cast: the weight's, where it is kept; rest: A and B of each block, then the companions of all parameters."""
         adapters = rest[: 2 * blocks]
-        cast_weight = weight.to(x.dtype)
-        out = F.linear(x, cast_weight, None if bias is None else bias.to(x.dtype))
+        if cast is None:
+            cast = weight.to(x.dtype)
+        out = F.linear(x, cast, None if bias is None else bias.to(x.dtype))
         present = [a for a in adapters[::2] if a is not None]
         stacked_a = stacked_b = s = None
         if present:
@@ -192,7 +203,7 @@ class _Lora(torch.autograd.Function):
         need_weight, _, *need_adapters = _Lora.needs(ctx)
         ctx.save_for_backward(
             x if need_weight or any(need_adapters[::2]) else None,
-            cast_weight if ctx.needs_input_grad[0] else None,
+            cast if ctx.needs_input_grad[0] else None,
             dropout_row,
             stacked_a,
             stacked_b,
@@ -204,7 +215,7 @@ class _Lora(torch.autograd.Function):
     def needs(ctx: Any) -> list[bool]:
         """For weight, bias and adapters: whether they or their companions need a gradient."""
         count = len(ctx.dtypes)
-        flags = ctx.needs_input_grad[6:]
+        flags = ctx.needs_input_grad[_TAKERS:]
         return [
             parameter or companion for parameter, companion in zip(flags[:count], flags[count:], strict=True)
         ]
@@ -239,9 +250,9 @@ class _Lora(torch.autograd.Function):
                 sums[index] = (share.to(dtype) * scale).contiguous()
             else:
                 sums[index] = share.to(dtype).contiguous()
-        flags = ctx.needs_input_grad[6:]
+        flags = ctx.needs_input_grad[_TAKERS:]
         gradients = deliver(sums, flags[: len(needs)], flags[len(needs) :])
-        return (dx, *(None for _ in range(5)), *gradients)
+        return (dx, *(None for _ in range(_TAKERS - 1)), *gradients)
 
 
 def _dropped(x: Tensor, dropout_row: Tensor | None, dropout: Dropout | None) -> Tensor:

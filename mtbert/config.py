@@ -64,7 +64,8 @@ class TrainConfig:
     seeds: int = 1
     """Runs with seeds seed, seed + 1, ...; more than one gives mean and deviation."""
     precision: Precision = "auto"
-    """Compute type; auto: bf16 where the hardware multiplies it natively, else float32."""
+    """What the encoder computes in, over float32 weights: float32, tf32 (float32 multiplied as TF32 by a GPU), bf16,
+    or fp16 (with a dynamic loss scale); auto: bf16 where the hardware multiplies it natively, else float32."""
     max_tokens: int = 4096
     """Token budget of one forward and backward pass; a larger step takes several passes with the same result."""
     device: str = "auto"
@@ -74,6 +75,9 @@ class TrainConfig:
     kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the encoder's operations; auto takes what should be fastest, cuda the CUDA extension where
     it has the operation, and Triton elsewhere."""
+    compile: bool = False
+    """torch.compile for what has no kernels of its own: the heads' layers, the tasks' losses, the loss of masked words.
+    Needs a C++ compiler (on a GPU: Triton); what cannot be compiled runs as it is, with a warning."""
     profile: Profile = "none"
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""

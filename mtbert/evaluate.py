@@ -11,6 +11,7 @@ from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_split
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import LoadedRun, load_run
+from mtbert.engine.precision import product_settings
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.errors import DataError
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
         if options.data is not None:
             config = dataclasses.replace(config, data=options.data)
         loaded = load_run(run, config, device=options.device)
-        with memory_errors(config.max_tokens):
+        with memory_errors(config.max_tokens), product_settings(loaded.config.precision):
             chosen_here = options.split == "dev" and same_data(trained_on, config.data)
             halved = chosen_here and config.evaluation.selection == "half"
             outcome = evaluate(loaded, options.split, halved=halved)

@@ -17,6 +17,7 @@ from mtbert.engine.build import prepare_data, task_data
 from mtbert.engine.finish import predict_all, predict_split
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import LoadedRun, load_run
+from mtbert.engine.precision import product_settings
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.errors import ConfigError, DataError
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
                 f"--task: {run.path} was trained on {', '.join(config.tasks)}, not on {options.task}"
             )
         loaded = load_run(run, config, device=options.device)
-        with memory_errors(config.max_tokens):
+        with memory_errors(config.max_tokens), product_settings(loaded.config.precision):
             if options.task is None:
                 folder = options.output or run.path
                 predict_tables(loaded, folder)

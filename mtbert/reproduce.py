@@ -31,7 +31,7 @@ from mtbert.reproduction_plan import Plan, listing, make_plans, total_seconds
 
 _TRAIN = "import sys; from mtbert.reproduce import train_row; train_row(int(sys.argv.pop(1)))"
 # Where a run computes may differ between two attempts, and the rest says what was not asked for.
-_FREE_KEYS = ("cache", "device", "kernels", "output", "plugins", "precision", "threads")
+_FREE_KEYS = ("cache", "compile", "device", "kernels", "output", "plugins", "precision", "threads")
 
 
 def main(arguments: list[str]) -> None:

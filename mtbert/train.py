@@ -26,6 +26,7 @@ from mtbert.engine.forward import Forward
 from mtbert.engine.frozen_prefix import PrefixForward, describe_frozen
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
+from mtbert.engine.precision import product_settings
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
@@ -96,7 +97,7 @@ def train_seeds(config: TrainConfig, parent: RunFolder, options: Sequence[str] =
 
 def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None:
     """One training run in `run` with what stands before it, from its start or from its newest checkpoint."""
-    with logging_to(run.log_path), memory_errors(config.max_tokens):
+    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         parts = assemble(config)
         check_stages(config, run.path, assemble)
         facts = run_facts(parts.machine)
@@ -107,7 +108,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
     if config.pretraining.active:
         del parts
         start = run_pretraining(config, run, train)  # its stages have logs of their own
-    with logging_to(run.log_path), memory_errors(config.max_tokens):
+    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         if start is not config:
             parts = assemble(start)
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
@@ -140,6 +141,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
                 unfreezing=parts.unfreezing,
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                compiled=parts.compiled,
             )
             if resumed:
                 trainer.resume()
@@ -175,7 +177,7 @@ def announce(config: TrainConfig, machine: Machine, forward: Forward, data: Task
         f"{total.trainable:,}",
         f"{total.total:,}",
         machine.device,
-        str(machine.dtype).removeprefix("torch."),
+        machine.arithmetic,
     )
     frozen = frozen_layers_text(describe_frozen(forward))
     if frozen is not None and config.mode != "last-linear-layer":

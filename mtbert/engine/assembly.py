@@ -17,6 +17,7 @@ from mtbert.engine.build import (
     task_batches,
     tasks_of,
 )
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
@@ -47,6 +48,7 @@ class Parts:
     curriculum: Curriculum
     unfreezing: Unfreezing | None
     evaluator: Evaluator
+    compiled: CompiledParts | None = None
 
 
 def assemble(config: TrainConfig) -> Parts:
@@ -65,6 +67,9 @@ def assemble(config: TrainConfig) -> Parts:
     quality = sentence_quality(config, forward, tables, data, tokeniser)
     again_and_again = [*train_step.data.values(), *(splits["dev"] for splits in data.values())]
     keep_tables(forward, again_and_again if quality is None else [*again_and_again, quality.data])
+    compiled = CompiledParts() if config.compile else None
+    if compiled is not None:  # after the objectives have taken their copies of the model
+        compiled.add_tasks(model, losses)
     batches = task_batches(config, data)
     curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
@@ -80,4 +85,6 @@ def assemble(config: TrainConfig) -> Parts:
         quality=quality,
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
-    return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)
+    return Parts(
+        machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, compiled
+    )

@@ -24,7 +24,8 @@ from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.frozen_prefix import build_prefix_forward
 from mtbert.engine.host_memory import keep_freed_memory
-from mtbert.engine.precision import Precision, compute_dtype, resolve_device
+from mtbert.engine.loss_scale import LossScaler
+from mtbert.engine.precision import DTYPES, resolve_device, resolve_precision
 from mtbert.kernels.dispatch import serving, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
@@ -61,6 +62,14 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
+    """Of the encoder's activations."""
+    tf32: bool = False
+    """Whether float32 is multiplied as TF32."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What the encoder multiplies, as records name it: float32, tf32, bfloat16, float16."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
 
 def prepare_machine(config: TrainConfig) -> Machine:
@@ -72,14 +81,20 @@ def prepare_machine(config: TrainConfig) -> Machine:
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Machine(device, compute_dtype(config.precision, device))
+    precision = resolve_precision(config.precision, device)
+    return Machine(device, DTYPES[precision], tf32=precision == "tf32")
+
+
+def loss_scaler(machine: Machine) -> LossScaler | None:
+    """The loss scale that training in fp16 needs; other precisions have the exponents of float32."""
+    return LossScaler(machine.device) if machine.dtype == torch.float16 else None
 
 
 def run_facts(machine: Machine) -> dict[str, Any]:
     """What a run computes on and with: the record of run.json, and what a bit-for-bit resumption depends on."""
     served = serving(machine.device.type, machine.dtype)
     return environment(machine.device) | {
-        "precision": str(machine.dtype).removeprefix("torch."),
+        "precision": machine.arithmetic,
         "kernels": ", ".join(f"{operation} {implementation}" for operation, implementation in served.items()),
         "instruction_set": instruction_set(),
     }
@@ -92,12 +107,11 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
     kept = config.data == SAMPLE or config.data.split(":")[0] == HUB
-    precision: Precision = "bf16" if machine.dtype == torch.bfloat16 else "float32"
     return dataclasses.replace(
         config,
         data=config.data if kept else absolute(config.data),
         output=None,
-        precision=precision,
+        precision=resolve_precision(config.precision, machine.device),
         device=str(machine.device),
         threads=torch.get_num_threads(),
         plugins=[absolute(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins],

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtbert.data.dataset import MAX_POSITIONS, TaskData
 from mtbert.data.packing import Request, make_segment, pack, plan_passes
 from mtbert.engine.forward import ForwardResult, PackedForward, PassInput, SegmentsOf
+from mtbert.kernels.casts import WeightCasts
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
@@ -88,12 +89,13 @@ class FrozenForward:
         order = np.argsort(-data.lengths, kind="stable")
         each = data.rows_per_example
         result: Tensor | None = None
-        for requests in plan_passes({data.name: order}, {data.name: data}, self.max_tokens):
-            batch = pack(requests).to(self.packed.device)
-            rows = model.features(batch, dtype=self.packed.dtype)[data.name]
-            if result is None:
-                result = rows.new_empty(len(data) * each, rows.shape[1])
-            examples = torch.from_numpy(requests[0].examples).to(result.device)
-            result.view(len(data), each, -1)[examples] = rows.view(len(examples), each, -1)
+        with WeightCasts():
+            for requests in plan_passes({data.name: order}, {data.name: data}, self.max_tokens):
+                batch = pack(requests).to(self.packed.device)
+                rows = model.features(batch, dtype=self.packed.dtype)[data.name]
+                if result is None:
+                    result = rows.new_empty(len(data) * each, rows.shape[1])
+                examples = torch.from_numpy(requests[0].examples).to(result.device)
+                result.view(len(data), each, -1)[examples] = rows.view(len(examples), each, -1)
         assert result is not None
         return result

@@ -8,7 +8,7 @@ shared parameter has a companion whose gradient holds one slice a task (see `mtb
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch
+from mtbert.engine.loss_scale import LossScaler
 from mtbert.kernels.segments import Segments, companion
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.mixout import Mixout
@@ -52,20 +53,38 @@ class GradientReport:
 class StepGradients(ABC):
     """Collects the gradient of one step, pass by pass."""
 
-    def __init__(self, model: MultiTaskModel, mixout: Mixout | None) -> None:
+    def __init__(
+        self, model: MultiTaskModel, mixout: Mixout | None = None, scaler: LossScaler | None = None
+    ) -> None:
+        """scaler: what scales the losses; everything after the backward passes sees unscaled gradients."""
         self.model = model
         self.mixout = mixout
+        self.scaler = scaler
 
     def segments(self, batch: PackedBatch) -> Segments | None:
         """Where this batch's task gradients go; None when they are summed."""
         return None
 
-    @abstractmethod
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Add the gradients of one pass; losses: 0-d, by task."""
+        self._backward(losses if self.scaler is None else self.scaler.scaled(losses))
+
+    def finish(self, step: int) -> GradientReport | None:
+        """Leave the step's gradient in `.grad`."""
+        if self.scaler is not None:
+            self.scaler.unscale(self._scaled_gradients())
+        return self._finish(step)
 
     @abstractmethod
-    def finish(self, step: int) -> GradientReport | None:
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the gradients of the losses, scaled where there is a scaler."""
+
+    @abstractmethod
+    def _scaled_gradients(self) -> list[Tensor]:
+        """What `_backward` left that is still scaled, each in memory of its own."""
+
+    @abstractmethod
+    def _finish(self, step: int) -> GradientReport | None:
         """Leave the step's gradient in `.grad`."""
 
     def _scaled(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -76,12 +95,13 @@ class StepGradients(ABC):
 class SummedGradients(StepGradients):
     """Plain backward of the sum."""
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
-        """One backward pass."""
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
         _backward_sum(losses)
 
-    def finish(self, step: int) -> None:
-        """Nothing to combine."""
+    def _scaled_gradients(self) -> list[Tensor]:
+        return _gradients_of(self.model.parameters())
+
+    def _finish(self, step: int) -> None:
         if self.mixout is not None:
             with span("regularisation"):
                 for parameter in self.model.parameters():
@@ -93,9 +113,14 @@ class TaskGradients(StepGradients):
     """What the two ways to task gradients have in common: the Gram matrix and the combination."""
 
     def __init__(
-        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+        self,
+        model: MultiTaskModel,
+        surgery: Surgery,
+        tasks: Sequence[str],
+        mixout: Mixout | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
-        super().__init__(model, mixout)
+        super().__init__(model, mixout, scaler)
         self.surgery = surgery
         self.tasks = tuple(tasks)
         self.shared = [p for _, p in model.shared_parameters() if p.requires_grad]
@@ -104,8 +129,7 @@ class TaskGradients(StepGradients):
         places = {task: place for place, task in enumerate(self.tasks)}
         self.owners = {p: places[task] for p, task in model.task_parameters() if task in places}
 
-    def finish(self, step: int) -> GradientReport | None:
-        """Combine the tasks' gradients."""
+    def _finish(self, step: int) -> GradientReport | None:
         with span("surgery"):
             return self._combine(step)
 
@@ -155,10 +179,11 @@ class OnePassGradients(TaskGradients):
         tasks: Sequence[str],
         mixout: Mixout | None,
         words: Tensor | None,
+        scaler: LossScaler | None = None,
     ) -> None:
         """words: int64 on the host, ascending, all that the step will read: the word table's gradient is kept for
         them alone. None where the table is not trained."""
-        super().__init__(model, surgery, tasks, mixout)
+        super().__init__(model, surgery, tasks, mixout, scaler)
         self.words = model.encoder.embeddings.word
         self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
         device = self.words.device
@@ -179,9 +204,11 @@ class OnePassGradients(TaskGradients):
         slots = None if self.used is None else self.slot_of[batch.input_ids.long()]
         return Segments(bounds, self.companions, slots)
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
-        """One backward pass of the sum; companions take the tasks' parts."""
-        _backward_sum(losses)
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
+        _backward_sum(losses)  # companions take the tasks' parts
+
+    def _scaled_gradients(self) -> list[Tensor]:
+        return _gradients_of([*self.companions.values(), *self.rest])
 
     def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         found = []
@@ -202,19 +229,27 @@ class PerTaskGradients(TaskGradients):
     """One backward pass a task."""
 
     def __init__(
-        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+        self,
+        model: MultiTaskModel,
+        surgery: Surgery,
+        tasks: Sequence[str],
+        mixout: Mixout | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
-        super().__init__(model, surgery, tasks, mixout)
+        super().__init__(model, surgery, tasks, mixout, scaler)
         self.sums: list[dict[nn.Parameter, Tensor]] = [{} for _ in self.tasks]
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
-        """Backward of every task on its own through the same graph."""
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
         for place, task in enumerate(self.tasks):
             if task not in losses or not losses[task].requires_grad:
                 continue
             wanted = [*self.shared, *self.rest]
             with span("backward", task):
-                found = torch.autograd.grad(losses[task], wanted, retain_graph=True, allow_unused=True)
+                found: Sequence[Tensor | None] = torch.autograd.grad(
+                    losses[task], wanted, retain_graph=True, allow_unused=True
+                )
+            if self.scaler is not None:  # at once: what autograd hands out may share memory
+                found = self.scaler.unscaled(found)
             for parameter, gradient in zip(self.shared, found, strict=False):
                 if gradient is not None:
                     before = self.sums[place].get(parameter)
@@ -222,6 +257,9 @@ class PerTaskGradients(TaskGradients):
             for parameter, gradient in zip(self.rest, found[len(self.shared) :], strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _scaled_gradients(self) -> list[Tensor]:
+        return []
 
     def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         found = []
@@ -231,6 +269,10 @@ class PerTaskGradients(TaskGradients):
                 stacked = torch.stack([torch.zeros_like(parameter) if p is None else p for p in parts])
                 found.append((parameter, self._scaled(parameter, stacked)))
         return found
+
+
+def _gradients_of(leaves: Iterable[Tensor]) -> list[Tensor]:
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def _backward_sum(losses: Mapping[str, Tensor]) -> None:

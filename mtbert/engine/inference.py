@@ -9,6 +9,7 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.packing import plan_passes
 from mtbert.engine.forward import Forward
 from mtbert.errors import DataError
+from mtbert.kernels.casts import WeightCasts
 
 
 def labels_of(data: TaskData) -> np.ndarray:
@@ -32,9 +33,10 @@ def infer(
     parts: list[np.ndarray] = []
     if not len(chosen):
         return np.zeros((0, 1), dtype=np.float32)
-    for chunk in np.array_split(order, max(1, len(order) // 2048)):
-        for requests in plan_passes({data.name: chosen[chunk]}, {data.name: data}, max_tokens):
-            parts.append(forward(requests, None).outputs[data.name].float().cpu().numpy())
+    with WeightCasts():
+        for chunk in np.array_split(order, max(1, len(order) // 2048)):
+            for requests in plan_passes({data.name: chosen[chunk]}, {data.name: data}, max_tokens):
+                parts.append(forward(requests, None).outputs[data.name].float().cpu().numpy())
     outputs = np.empty((len(chosen), parts[0].shape[1]), dtype=np.float32)
     outputs[order] = np.concatenate(parts)
     return outputs

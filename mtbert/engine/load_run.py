@@ -11,6 +11,7 @@ from mtbert.engine.build import Machine, build_forward, load_model, prepare_mach
 from mtbert.engine.export import is_exported
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.forward import Forward
+from mtbert.engine.precision import precision_elsewhere, resolve_device
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError
 from mtbert.model.multitask import MultiTaskModel
@@ -48,7 +49,9 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
             f"{run.path} is masked-language modelling, which trains no task; its encoder is {run.path / ENCODER_FOLDER}"
         )
     # The machine of the training need not be this one.
-    config = dataclasses.replace(config, device=device or "auto", threads=0)
+    place = resolve_device(device or "auto")
+    precision = precision_elsewhere(config.precision, place)
+    config = dataclasses.replace(config, device=str(place), threads=0, precision=precision)
     machine = prepare_machine(config)
     model, tokeniser = load_model(config, machine)
     step = load_best_weights(model, run.checkpoints)

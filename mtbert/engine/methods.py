@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mtbert.data.tokenisation import Tokeniser, tokenise
-from mtbert.engine.build import Machine, TaskSplits, TaskTables, tasks_of, token_cache
+from mtbert.engine.build import Machine, TaskSplits, TaskTables, loss_scaler, tasks_of, token_cache
 from mtbert.engine.evaluator import dev_sample
 from mtbert.engine.forward import Forward
 from mtbert.engine.inference import labels_of
@@ -120,6 +120,7 @@ def build_train_step(
         pretrained_decay=PretrainedDecay(encoder, config.optim.pretrained_decay)
         if config.optim.pretrained_decay
         else None,
+        scaler=loss_scaler(machine),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.masking import HELD_OUT_SITE, MaskedBatch, Masking
 from mtbert.data.packing import Segment, pack, plan_passes
 from mtbert.engine.evaluator import Evaluation
+from mtbert.engine.loss_scale import LossScaler
 from mtbert.engine.step import StepResult, update
 from mtbert.evaluation.metrics import TaskScores
+from mtbert.kernels.casts import WeightCasts
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.mlm_head import MlmModel
 from mtbert.ranges import span
@@ -44,6 +46,12 @@ class MlmData:
         return digest.hexdigest()
 
 
+def word_losses(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy [M], at least float32, of scores [M, V]; targets: int64 [M]."""
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return F.cross_entropy(wide, targets, reduction="none")
+
+
 @dataclass(frozen=True)
 class MlmForward:
     """Guesses hidden tokens."""
@@ -51,6 +59,8 @@ class MlmForward:
     model: MlmModel
     device: torch.device
     dtype: torch.dtype
+    losses: Callable[[Tensor, Tensor], Tensor] = word_losses
+    """`word_losses`, or the same compiled."""
 
     def __call__(self, masked: MaskedBatch, dropout: DropoutStream | None) -> tuple[Tensor, Tensor]:
         """Scores [M, V] of all words at the hidden tokens, and the cross-entropy [M], at least float32."""
@@ -59,8 +69,7 @@ class MlmForward:
         with span("forward"):
             scores = self.model(masked.batch, masked.places, dtype=self.dtype, dropout=dropout)
         with span("loss"), span("loss", NAME) as opened:
-            wide = scores if scores.dtype == torch.float64 else scores.float()
-            losses = F.cross_entropy(wide, masked.targets, reduction="none")
+            losses = self.losses(scores, masked.targets)
             opened.ends_in(losses)
         return scores, losses
 
@@ -86,7 +95,9 @@ class MlmStep:
         max_tokens: int,
         clip_norm: float,
         seed: int,
+        scaler: LossScaler | None = None,
     ) -> None:
+        """scaler: the loss scale of fp16."""
         self.forward = forward
         self.optimizer = optimizer
         self.data = {NAME: data.train}
@@ -94,6 +105,7 @@ class MlmStep:
         self.max_tokens = max_tokens
         self.clip_norm = clip_norm
         self.seed = seed
+        self.scaler = scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
@@ -112,15 +124,17 @@ class MlmStep:
     def run(self, ready: PreparedMlmStep, progress: float = 0.0) -> StepResult:
         """Train on what was prepared."""
         result = self.backward(ready)
-        update(self.optimizer, result, self.clip_norm)
+        update(self.optimizer, result, self.clip_norm, self.scaler)
         return result
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beside the model and the optimizer."""
-        return {}
+        """The loss scale, where there is one."""
+        return {} if self.scaler is None else self.scaler.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to find again."""
+        """Go on from a state of `state()`."""
+        if self.scaler is not None:
+            self.scaler.restore(state)
 
     def accumulate(self, plan: Plan, step: int) -> StepResult:
         """Prepare the step and leave its gradient in `.grad`, unclipped."""
@@ -135,28 +149,32 @@ class MlmStep:
         hidden = sum(len(masked.targets) for masked in passes)
         total = torch.zeros((), device=self.forward.device)
         examples: list[tuple[Segment, Tensor]] = []
-        for masked in passes:
-            if not len(masked.targets):
-                continue
-            _, losses = self.forward(masked, dropout)
-            share = losses.sum() / hidden
-            with span("backward"):
-                share.backward()
-            total = total + share.detach()
-            examples.append((masked.batch.segments[0], _by_sentence(masked, losses.detach())))
+        with WeightCasts():
+            for masked in passes:
+                if not len(masked.targets):
+                    continue
+                _, losses = self.forward(masked, dropout)
+                share = losses.sum() / hidden
+                with span("backward"):
+                    (share if self.scaler is None else self.scaler.scaled({NAME: share})[NAME]).backward()
+                total = total + share.detach()
+                examples.append((masked.batch.segments[0], _by_sentence(masked, losses.detach())))
         with span("optimizer"):
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in self.parameters if p.grad is not None], foreach=True
-            )
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            if self.scaler is not None:
+                self.scaler.unscale(gradients)
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        finite = torch.isfinite(norm) & torch.isfinite(total)
         return StepResult(
             step=step,
             losses={NAME: total},
             objectives={},
             total=total,
             grad_norm=norm,
-            finite=torch.isfinite(norm) & torch.isfinite(total),
+            finite=finite,
             tokens=sum(masked.batch.tokens for masked in passes),
             examples=tuple(examples),
+            scaling=None if self.scaler is None else self.scaler.report(finite),
         )
 
 
@@ -205,11 +223,12 @@ class MlmEvaluator:
     def evaluate(self) -> MlmEvaluation:
         """Loss and accuracy over all hidden tokens."""
         losses, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
-        for masked in self.batches:
-            if len(masked.targets):
-                scores, cross_entropy = self.forward(masked, None)
-                losses.append(cross_entropy.double().cpu())
-                hits.append(scores.argmax(1).cpu() == masked.targets)
+        with WeightCasts():
+            for masked in self.batches:
+                if len(masked.targets):
+                    scores, cross_entropy = self.forward(masked, None)
+                    losses.append(cross_entropy.double().cpu())
+                    hits.append(scores.argmax(1).cpu() == masked.targets)
         count = sum(map(len, hits))
         accuracy = float(torch.cat(hits).sum()) / max(1, count)
         loss = float(torch.cat(losses).sum()) / max(1, count)

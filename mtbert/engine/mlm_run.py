@@ -17,13 +17,23 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.masking import hold_out, masking, sentences, take_rows
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
-from mtbert.engine.build import Machine, prepare_machine, resolved, run_facts, tasks_of, token_cache
+from mtbert.engine.build import (
+    Machine,
+    loss_scaler,
+    prepare_machine,
+    resolved,
+    run_facts,
+    tasks_of,
+    token_cache,
+)
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.export import export_encoder
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
-from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep
+from mtbert.engine.mlm import NAME, MlmData, MlmEvaluation, MlmEvaluator, MlmForward, MlmStep, word_losses
+from mtbert.engine.precision import product_settings
 from mtbert.engine.profiling import check_profile, profiling
 from mtbert.engine.run_folder import MLM_RUN, RunFolder
 from mtbert.engine.run_log import logging_to
@@ -116,13 +126,15 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
     from mtbert.config import to_yaml  # joins all groups of fields, those of this package among them
 
     settings = config.pretraining
-    with logging_to(run.log_path), memory_errors(config.max_tokens):
+    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         check_profile(config)
         machine = prepare_machine(config)
         folder = resolve(config.model.pretrained)
         data = mlm_data(config, folder)
         model = build_mlm_model(config, folder, data).to(machine.device)
-        forward = MlmForward(model, machine.device, machine.dtype)
+        compiled = CompiledParts() if config.compile else None
+        losses = word_losses if compiled is None else compiled.add("masked words", word_losses)
+        forward = MlmForward(model, machine.device, machine.dtype, losses)
         optim = replace(
             config.optim,
             lr=settings.mlm_lr,
@@ -137,6 +149,7 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
             max_tokens=config.max_tokens,
             clip_norm=optim.clip_norm,
             seed=config.seed,
+            scaler=loss_scaler(machine),
         )
         evaluator = MlmEvaluator(forward, data, max_tokens=config.max_tokens)
         facts = run_facts(machine)
@@ -160,6 +173,7 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
                 device=machine.device,
                 fingerprint={"data": data.fingerprint(), "environment": facts},
                 listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                compiled=compiled,
             )
             if resumed:
                 trainer.resume()
@@ -204,7 +218,7 @@ def _announce(config: TrainConfig, machine: Machine, data: MlmData) -> None:
         ", ".join(config.tasks),
         f"{len(data.held_out):,}",
         machine.device,
-        str(machine.dtype).removeprefix("torch."),
+        machine.arithmetic,
     )
 
 

@@ -129,6 +129,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             "device",
             "threads",
             "kernels",
+            "compile",
             "profile",
             "profiling",
         )

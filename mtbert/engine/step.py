@@ -21,7 +21,9 @@ from mtbert.engine.gradients import (
     StepGradients,
     SummedGradients,
 )
+from mtbert.engine.loss_scale import MOST_SKIPPED, LossScaler, Scaling
 from mtbert.errors import NonFiniteError
+from mtbert.kernels.casts import WeightCasts
 from mtbert.losses.objective import Objective
 from mtbert.losses.task_losses import TaskLoss
 from mtbert.model.dropout import DropoutStream
@@ -56,11 +58,30 @@ class StepResult:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Learned factor of each task's loss in this step, 0-d, beside its `loss.weight`; empty without uncertainty
     weighting."""
+    scaling: Scaling | None = None
+    """The loss scale of the step; None where losses are not scaled."""
 
-    def check(self) -> None:
-        """Raise NonFiniteError, naming the step, the tasks and the examples, unless all was finite."""
+    def check(self) -> bool:
+        """Whether the weights were updated: False where the scaled gradients overflowed, as they do now and then.
+
+        Raises NonFiniteError, naming the step, the tasks and the examples, where something was not finite and losses
+        are not scaled, or where it was the last of many such steps in a row.
+        """
         if bool(self.finite):
-            return
+            return True
+        if self.scaling is not None and int(self.scaling.skipped) < MOST_SKIPPED:
+            return False
+        raise NonFiniteError(self._complaint())
+
+    def _complaint(self) -> str:
+        where = f"step {self.step + 1}"
+        advice = _ADVICE
+        if self.scaling is not None:
+            where += (
+                f", skipped as the {int(self.scaling.skipped) - 1} steps before it, though the loss scale fell to"
+                f" {float(self.scaling.scale):g}"
+            )
+            advice = _FP16_ADVICE
         culprits: dict[str, list[str]] = {}
         for segment, losses in self.examples:
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -68,23 +89,26 @@ class StepResult:
         named = {task: ids for task, ids in culprits.items() if ids}
         if named:
             what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in named.items())
-            raise NonFiniteError(f"step {self.step + 1}: the loss is not finite. {what}. {_ADVICE}")
+            return f"{where}: the loss is not finite. {what}. {advice}"
         odd = [name for name, loss in self.objectives.items() if not bool(torch.isfinite(loss))]
         if odd:
-            raise NonFiniteError(
-                f"step {self.step + 1}: the loss of {', '.join(odd)} is not finite. {_ADVICE}"
-            )
+            return f"{where}: the loss of {', '.join(odd)} is not finite. {advice}"
         ids_by_task: dict[str, list[str]] = {}
         for segment, _ in self.examples:
             ids_by_task.setdefault(segment.task, []).extend(segment.ids)
         what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in ids_by_task.items())
-        raise NonFiniteError(
-            f"step {self.step + 1}: every loss is finite, but the gradient is not (norm {float(self.grad_norm)})."
-            f" The step held {what}. {_ADVICE}"
+        return (
+            f"{where}: every loss is finite, but the gradient is not (norm {float(self.grad_norm)})."
+            f" The step held {what}. {advice}"
         )
 
 
 _ADVICE = "The update was skipped, so the weights are as they were; a lower optim.lr or float32 may help"
+
+_FP16_ADVICE = (
+    "The updates were skipped, so the weights are as they were; precision bf16 or float32 or a lower"
+    " optim.lr may help"
+)
 
 
 def _shorten(ids: Sequence[str], most: int = 20) -> str:
@@ -125,10 +149,12 @@ class TrainStep:
         uncertainty: UncertaintyWeights | None = None,
         mixout: Mixout | None = None,
         pretrained_decay: PretrainedDecay | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
         """`max_tokens` bounds the tokens of one forward and backward pass; larger steps take several passes.
 
         objectives: the model knows their streams. surgery: how the tasks' gradients are combined; None sums them.
+        scaler: the loss scale of fp16.
         """
         self.forward = forward
         self.model = forward.model
@@ -145,9 +171,12 @@ class TrainStep:
         self.uncertainty = uncertainty
         self.mixout = mixout
         self.pretrained_decay = pretrained_decay
+        self.scaler = scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         one_pass = surgery is not None and surgery.config.gradients == "one-pass"
         self._slots_words = one_pass and any(p is self.model.encoder.embeddings.word for p in self.parameters)
+        trained = {id(p) for p in self.parameters}
+        self.casts = WeightCasts(p for p in self.model.parameters() if id(p) not in trained)
 
     def __call__(self, plan: Plan, step: int, progress: float = 0.0) -> StepResult:
         """Train on the examples of `plan`.
@@ -175,7 +204,7 @@ class TrainStep:
     def run(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
         """Train on what was prepared."""
         result = self.backward(ready, progress)
-        update(self.optimizer, result, self.clip_norm)
+        update(self.optimizer, result, self.clip_norm, self.scaler)
         for objective in self.objectives:
             with span("regularisation"):
                 objective.after_step()
@@ -194,7 +223,7 @@ class TrainStep:
         sums = _Sums()
         with span("data"):
             gradients = self._gradients(ready)
-        with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext():
+        with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext(), self.casts:
             for each in ready.passes:
                 result = self.forward.run(each, dropout, gradients.segments)
                 run = TrainingPass(
@@ -233,10 +262,11 @@ class TrainStep:
             tuple(sums.examples),
             report,
             self._learned_weights(),
+            None if self.scaler is None else self.scaler.report(finite),
         )
 
     def state(self) -> dict[str, Tensor]:
-        """What objectives and surgery must find again after a resumption, by name."""
+        """What objectives, surgery and the loss scale must find again after a resumption, by name."""
         state = {
             f"objective/{objective.name}/{name}": value
             for objective in self.objectives
@@ -244,6 +274,8 @@ class TrainStep:
         }
         if self.surgery is not None:
             state |= {f"surgery/{name}": value for name, value in self.surgery.state().items()}
+        if self.scaler is not None:
+            state |= {f"loss_scale/{name}": value for name, value in self.scaler.state().items()}
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -252,6 +284,8 @@ class TrainStep:
             objective.restore(_below(state, f"objective/{objective.name}/"))
         if self.surgery is not None:
             self.surgery.restore(_below(state, "surgery/"))
+        if self.scaler is not None:
+            self.scaler.restore(_below(state, "loss_scale/"))
 
     def _streams(self, plan: Plan, step: int) -> Plan:
         """The plan with the objectives' rows beside those of the task that they belong to."""
@@ -274,10 +308,10 @@ class TrainStep:
 
     def _gradients(self, ready: PreparedStep) -> StepGradients:
         if self.surgery is None or len(ready.tasks) < 2:
-            return SummedGradients(self.model, self.mixout)
+            return SummedGradients(self.model, self.mixout, self.scaler)
         if self.surgery.config.gradients == "per-task":
-            return PerTaskGradients(self.model, self.surgery, ready.tasks, self.mixout)
-        return OnePassGradients(self.model, self.surgery, ready.tasks, self.mixout, ready.words)
+            return PerTaskGradients(self.model, self.surgery, ready.tasks, self.mixout, self.scaler)
+        return OnePassGradients(self.model, self.surgery, ready.tasks, self.mixout, ready.words, self.scaler)
 
     def _learned_weights(self) -> dict[str, Tensor]:
         """The learned weights of the tasks whose losses have them."""
@@ -315,8 +349,13 @@ class TrainStep:
         return losses
 
 
-def update(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float) -> None:
-    """Clip the gradient to `clip_norm` (0: not) and step, unless the loss or the gradient is not finite."""
+def update(
+    optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float, scaler: LossScaler | None = None
+) -> None:
+    """Clip the gradient to `clip_norm` (0: not) and step, unless the loss or the gradient is not finite.
+
+    scaler: learns which it was. The gradient is unscaled.
+    """
     with span("optimizer"):
         if clip_norm > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -325,6 +364,8 @@ def update(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: floa
         optimizer.found_inf = (~result.finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
+        if scaler is not None:
+            scaler.update(result.finite)
 
 
 class _Sums:

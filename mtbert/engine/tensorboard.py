@@ -36,12 +36,8 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
         pairs += [(f"weight/{task}", value) for task, value in record.get("weights", {}).items()]
         cosines = record.get("gradients", {}).get("cosine", {})
         pairs += [(f"gradient_cosine/{tasks}", value) for tasks, value in cosines.items()]
-        return [
-            *pairs,
-            ("loss/total", record["total_loss"]),
-            ("lr", record["lr"]),
-            ("grad_norm", record["grad_norm"]),
-        ]
+        names = {"total_loss": "loss/total", "lr": "lr", "grad_norm": "grad_norm", "loss_scale": "loss_scale"}
+        return pairs + [(tag, record[name]) for name, tag in names.items() if name in record]
     if record["kind"] == "epoch":
         return [("tokens_per_second", record["tokens_per_second"])]
     pairs = []

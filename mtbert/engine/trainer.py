@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mtbert.curriculum import Curriculum, Plan
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.compiled import CompiledParts
 from mtbert.engine.environment import environment_differences
 from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.input_pipeline import InputConfig, InputPipeline
@@ -140,8 +141,12 @@ class Trainer:
         device: torch.device,
         unfreezing: Unfreezing | None = None,
         listeners: Sequence[Listener] = (),
+        compiled: CompiledParts | None = None,
     ) -> None:
-        """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run."""
+        """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run.
+
+        compiled: what torch.compile runs; every epoch's line says how often it compiled.
+        """
         self.model = model
         self.train_step = train_step
         self.optimizer = train_step.optimizer
@@ -155,6 +160,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.unfreezing = unfreezing
         self.listeners = listeners
+        self.compiled = compiled
         self.total_steps = curriculum.total_steps
         self.progress = Progress()
         self._window = Window()
@@ -251,7 +257,7 @@ class Trainer:
 
     def _log_window(self, lr: float, bar: tqdm[Any]) -> None:
         window, self._window = self._window, Window()
-        if not window.steps:
+        if not window.steps and not window.skipped:
             return
         line = window.to_json()
         self._write(
@@ -277,6 +283,7 @@ class Trainer:
                 "tokens": tokens,
                 "tokens_per_second": tokens / max(seconds, 1e-9),
             }
+            | ({} if self.compiled is None else {"compiled": self.compiled.to_json()})
         )
 
     def evaluate(self, phase: str | None = None) -> None:

@@ -28,9 +28,18 @@ class Window:
     seconds: float = 0.0
     input_wait_seconds: float = 0.0
     """The part of `seconds` in which the loop waited for the input of a step."""
+    skipped: int = 0
+    """Steps that a loss scale overflowed. The sums are those of the other steps."""
+    loss_scale: float | None = None
+    """Of the last step; None where losses are not scaled."""
 
     def add(self, result: StepResult) -> None:
         """Count one more step; reads its figures from the device."""
+        if result.scaling is not None:
+            self.loss_scale = float(result.scaling.scale)
+            if not result.check():
+                self.skipped += 1
+                return
         for task, loss in result.losses.items():
             self.sums[task] = self.sums.get(task, 0.0) + float(loss)
             self.counts[task] = self.counts.get(task, 0) + 1
@@ -51,7 +60,10 @@ class Window:
         self.steps += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Means of the losses, weights, norms and cosines; sums of tokens and seconds. Empty parts are left out."""
+        """Means of the losses, weights, norms and cosines; sums of tokens and seconds. Empty parts are left out.
+
+        Under a loss scale also the scale and how many steps were skipped, which the means leave out.
+        """
         line: dict[str, Any] = {"loss": _means(self.sums, self.counts)}
         if self.objective_sums:
             line["objective"] = _means(self.objective_sums, self.objective_counts)
@@ -62,9 +74,11 @@ class Window:
                 kind: {name: total / count for name, (total, count) in sums.items()}
                 for kind, sums in self.gradients.items()
             } | {"steps": self.gradient_steps}
+        if self.steps:
+            line |= {"total_loss": self.total / self.steps, "grad_norm": self.grad_norm / self.steps}
+        if self.loss_scale is not None:
+            line |= {"loss_scale": self.loss_scale, "skipped": self.skipped}
         return line | {
-            "total_loss": self.total / self.steps,
-            "grad_norm": self.grad_norm / self.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "input_wait_seconds": self.input_wait_seconds,

@@ -111,6 +111,10 @@ class History:
         """A number of the step lines (`lr`, `grad_norm`, `total_loss`): steps and values."""
         return _series(self.steps, name)
 
+    def skipped_steps(self) -> int:
+        """Steps that fp16's loss scale made overflow, and that were skipped."""
+        return sum(int(line.get("skipped") or 0) for line in self.steps)
+
     def epoch_times(self) -> list[EpochTime]:
         """What every epoch took: the differences of the epoch lines, which count from the run's start."""
         times, seconds, tokens = [], 0.0, 0

@@ -13,7 +13,7 @@ from mtbert.evaluation.bootstrap import RESAMPLES
 from mtbert.evaluation.evaluation_table import evaluation_rows
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.halves import SELECTION_HALF, WHOLE
-from mtbert.evaluation.history import epoch_text
+from mtbert.evaluation.history import History, epoch_text
 from mtbert.evaluation.markdown import escape, fenced, image_links
 from mtbert.evaluation.method_sections import method_sections
 from mtbert.evaluation.metrics import TaskScores, class_names
@@ -298,5 +298,32 @@ def _training(run: Run, plots: Mapping[str, Path], folder: Path) -> str:
             for time in times
         ]
         parts.append(markdown_table(headers, rows, digits=1))
+    parts += [_loss_scale(run.history), _compiled(run.history)]
     parts.append(image_links(plots, folder, ("speed", "optimiser")))
     return "\n\n".join(filter(None, parts)) if len(list(filter(None, parts))) > 1 else ""
+
+
+def _loss_scale(history: History) -> str:
+    """What fp16's loss scale did; empty for other precisions."""
+    scales = history.column("loss_scale")[1]
+    if not scales:
+        return ""
+    skipped = history.skipped_steps()
+    steps = (
+        "1 step was skipped because its" if skipped == 1 else f"{skipped:,} steps were skipped because their"
+    )
+    return f"fp16: {steps} scaled gradients overflowed; the loss scale ended at {scales[-1]:g}."
+
+
+def _compiled(history: History) -> str:
+    """How often torch.compile compiled what, and what it could not; empty for a run without."""
+    found = (history.epochs[-1].get("compiled") or {}) if history.epochs else {}
+    graphs, failed = found.get("graphs") or {}, found.get("uncompiled") or {}
+    lines = []
+    if graphs:
+        counts = ", ".join(f"{escape(name)} {count}" for name, count in graphs.items())
+        lines.append(f"torch.compile, graphs of each part since the last start: {counts}.")
+    lines += [
+        f"Not compiled: {escape(name)}, because {escape(str(reason))}." for name, reason in failed.items()
+    ]
+    return " ".join(lines)

@@ -181,6 +181,8 @@ class SmartObjective(Objective):
         self.independent = independent
         exact = config.projection == "paper" and not independent
         self.dtype = at_least_float32(dtype) if exact else dtype
+        # The gradient that the noise follows is that of a mean, unscaled: float16 would lose it below 6e-8.
+        self.ascent_dtype = at_least_float32(dtype) if dtype == torch.float16 else self.dtype
 
     def losses(self, run: Pass) -> Mapping[str, Tensor]:
         """The share of this pass in each task's mean over the step."""
@@ -213,7 +215,7 @@ class SmartObjective(Objective):
         for _ in range(config.steps):
             noise.requires_grad_()
             changed = run.again(
-                streams, noise=noise, trained=False, dropout=masks(), dtype=self.dtype
+                streams, noise=noise, trained=False, dropout=masks(), dtype=self.ascent_dtype
             ).outputs
             mean = torch.stack(list(self._means(run, streams, changed, clean).values())).sum()
             with span("backward"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +103,8 @@ class TaskLoss:
         self.weight = config.weight
         self.label_smoothing = config.label_smoothing
         self.class_weights = class_weight_tensor(task, config, train_labels)
+        self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
+        """What `per_example` calls; it may be compiled."""
 
     def to(self, device: torch.device) -> TaskLoss:
         """Move the class weights to `device`; returns self."""
@@ -112,6 +114,9 @@ class TaskLoss:
 
     def per_example(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """`[n]` losses, before the task's weight."""
+        return self.compute(outputs, labels)
+
+    def _compute(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return per_example_loss(
             self.task.kind,
             outputs,

@@ -9,7 +9,7 @@ in the dtype of their parameters, whatever the encoder computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -118,6 +118,12 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.config, self.index = spec, config, index
+        self.parts: dict[str, Callable[..., Tensor]] = {
+            "join": self._join,
+            "dense": self._dense,
+            "score": self._score,
+        }
+        """What the head computes between its masks: functions of tensors alone, which may be compiled."""
         self.activation = activation(config.activation)
         self.features: tuple[str, ...] = ()
         if spec.pair and config.pair != CROSS_ENCODER:
@@ -157,6 +163,17 @@ class Head(nn.Module):
         return 2 if self.features else 1
 
     @property
+    def used_parts(self) -> list[str]:
+        """The names in `parts` that this head computes."""
+        hidden = [*self.towers, *self.hidden]
+        used = {
+            "join": bool(self.features),
+            "dense": bool(hidden) and not is_random(self.config.activation),
+            "score": self.output is not None or self.spec.score_range is not None,
+        }
+        return [name for name, is_used in used.items() if is_used]
+
+    @property
     def draws_masks(self) -> bool:
         """Whether training computes other outputs under other dropout masks."""
         hidden = [*self.towers, *self.hidden]
@@ -175,24 +192,20 @@ class Head(nn.Module):
         # A head without parameters (cosine alone) computes in the dtype of its rows.
         x = rows.to(next((parameter.dtype for parameter in self.parameters()), rows.dtype))
         depth = 0
-        for layer in self.towers:
-            x = layer(self._drop(x, dropout_row, dropout, depth))
-            x = self._activate(x, dropout_row, dropout, depth)
+        for layer in _linears(self.towers):
+            x = self._layer(layer, x, dropout_row, dropout, depth)
             depth += 1
         if self.features:
-            x = self._join(x)
+            x = self.parts["join"](x)
             if dropout_row is not None:
                 dropout_row = dropout_row[::2].contiguous()  # the first text's row
-        for layer in self.hidden:
-            x = layer(self._drop(x, dropout_row, dropout, depth))
-            x = self._activate(x, dropout_row, dropout, depth)
+        for layer in _linears(self.hidden):
+            x = self._layer(layer, x, dropout_row, dropout, depth)
             depth += 1
         if self.output is not None:
-            x = self.output(self._drop(x, dropout_row, dropout, depth))
-        if self.spec.score_range is not None:
-            low, high = self.spec.score_range
-            x = low + (high - low) * x
-        return x
+            x = self._drop(x, dropout_row, dropout, depth)
+            return self.parts["score"](x, self.output.weight, self.output.bias)
+        return self.parts["score"](x)
 
     def _drop(
         self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int
@@ -204,15 +217,36 @@ class Head(nn.Module):
             raise ValueError("dropout in a head needs dropout_row")
         return kernels.dropout(x, dropout_row, mask)
 
-    def _activate(
-        self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int
+    def _layer(
+        self,
+        layer: nn.Linear,
+        x: Tensor,
+        dropout_row: Tensor | None,
+        dropout: DropoutStream | None,
+        depth: int,
     ) -> Tensor:
+        x = self._drop(x, dropout_row, dropout, depth)
         if dropout is None or not is_random(self.config.activation):
-            return self.activation(x)
+            return self.parts["dense"](x, layer.weight, layer.bias)
+        return self._activate(layer(x), dropout_row, dropout, depth)
+
+    def _activate(self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream, depth: int) -> Tensor:
+        """The random activation."""
         draw = dropout.at(0.5, activation_site(self.index, depth))
         if dropout_row is None or draw is None:
             raise ValueError("a random activation in training needs dropout_row")
         return random_relu(x, dropout_row, draw)
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.activation(F.linear(x, weight, bias))
+
+    def _score(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if weight is not None:
+            x = F.linear(x, weight, bias)
+        if self.spec.score_range is not None:
+            low, high = self.spec.score_range
+            x = low + (high - low) * x
+        return x
 
     def _join(self, x: Tensor) -> Tensor:
         u, v = x.unflatten(0, (-1, 2)).unbind(1)
@@ -228,3 +262,9 @@ class Head(nn.Module):
     def _joined_width(self, width: int) -> int:
         widths = {"concat": 2 * width, "difference": width, "product": width, "dot": 1, "cosine": 1}
         return sum(widths[feature] for feature in self.features) if self.features else width
+
+
+def _linears(layers: nn.ModuleList) -> Iterator[nn.Linear]:
+    for layer in layers:
+        assert isinstance(layer, nn.Linear)
+        yield layer

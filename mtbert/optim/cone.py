@@ -1,7 +1,8 @@
 """Small convex problems over the cone of task gradients, solved exactly on the device.
 
 K is the number of tasks, so there are at most 2^K faces to look at; for a handful of tasks this is one batched
-solve, with no iteration that would have to look at its result on the host.
+solve, with no iteration that would have to look at its result on the host. So are the `_ex` routines, which do not
+look at whether they succeeded: a Gram matrix that is not finite gives weights that are not, and the step is skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def upgrad_weights(gram: Tensor) -> Tensor:
     eye = torch.eye(count, dtype=wide.dtype, device=wide.device)
     matrix = torch.where(free.unsqueeze(-1), wide, eye)
     right = torch.where(free, 0.0, fixed)
-    v = torch.linalg.solve(matrix, right)
+    v = torch.linalg.solve_ex(matrix, right)[0]
     slack = 1e-9
     pull = v @ wide
     feasible = ((v >= fixed - slack) & (free | (pull >= -slack))).all(-1)
@@ -71,7 +72,7 @@ def cagrad_weights(gram: Tensor, c: float) -> Tensor:
     face = _faces(count, wide.device)[1:]  # every non-empty subset
     inside = face.to(wide.dtype)
     eye = torch.eye(count, dtype=wide.dtype, device=wide.device)
-    inverse = torch.linalg.inv(torch.where(face[:, :, None] & face[:, None, :], wide, eye)) * (
+    inverse = torch.linalg.inv_ex(torch.where(face[:, :, None] & face[:, None, :], wide, eye))[0] * (
         inside[:, :, None] * inside[:, None, :]
     )
     # Stationarity on a face: toward + radius G w / ||w||_G = lambda 1, hence w ~ G^-1 (lambda 1 - toward), and
@@ -104,7 +105,7 @@ def nash_weights(gram: Tensor, iterations: int = 40) -> Tensor:
     alpha = wide.diagonal().rsqrt()
     for _ in range(iterations):
         slope = wide @ alpha - 1 / alpha
-        step = torch.linalg.solve(wide + torch.diag(alpha**-2), slope)
+        step = torch.linalg.solve_ex(wide + torch.diag(alpha**-2), slope)[0]
         decrement = (slope @ step).clamp(min=0).sqrt()
         alpha = alpha - step / (1 + decrement)  # within the region where the logarithms are defined
     wanted = wide.sum().clamp(min=0).sqrt()

@@ -109,9 +109,11 @@ class Surgery:
                 for i in tasks
             ]
         )
-        mixed, targets = gradvac(
+        mixed, moved = gradvac(
             gram, targets, random_orders(len(tasks), self.seed, step), self.config.gradvac_decay
         )
+        # A step whose gradients overflow is skipped, and must not stay in the running cosines for ever.
+        targets = torch.where(gram.isfinite().all(), moved, targets)
         for row, i in enumerate(tasks):
             for column, j in enumerate(tasks):
                 self.targets[i, j] = targets[row, column]

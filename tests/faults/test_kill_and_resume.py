@@ -24,6 +24,7 @@ MODES = {
     "lora": ["--mode=lora", "--model.lora.dropout=0.1"],
     "frozen encoder": ["--mode=last-linear-layer"],
     "bfloat16": ["--precision=bf16"],
+    "float16 with a loss scale": ["--precision=fp16", "--surgery.method=pcgrad", "--max_tokens=256"],
     "surgery and regularisers": [
         "--surgery.method=gradvac",
         "--mixout.p=0.2",

@@ -65,7 +65,7 @@ def shortened(table: Table, rows: int) -> Table:
 
 
 def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: int = 60) -> Assembly:
-    """Build it with parameters and activations of `dtype`, from the first `rows` rows of every table."""
+    """Build it with activations of `dtype`, parameters of at least float32 and the first `rows` rows of every table."""
     tasks = tasks_of(config)
     tables = {
         name: {split: shortened(table, rows) for split, table in splits.items()}
@@ -73,7 +73,7 @@ def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: i
     }
     machine = Machine(torch.device("cpu"), dtype)
     model, tokeniser = load_model(config, machine)
-    model.to(dtype)
+    model.to(torch.promote_types(dtype, torch.float32))
     data = prepare_data(config, tables, tokeniser)
     losses = task_losses(config, machine, data)
     forward = build_forward(config, model, machine)
