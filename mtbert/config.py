@@ -15,6 +15,7 @@ import yaml
 
 from mtbert.curriculum import CurriculumConfig
 from mtbert.engine.evaluator import EvaluationConfig
+from mtbert.engine.graphs import Graphs
 from mtbert.engine.input_pipeline import InputConfig
 from mtbert.engine.precision import Precision
 from mtbert.engine.pretraining import PretrainingConfig
@@ -72,6 +73,9 @@ class TrainConfig:
     kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the encoder's operations; auto takes what should be fastest, cuda the CUDA extension where
     it has the operation, and Triton elsewhere."""
+    graphs: Graphs = "off"
+    """Capture whole training steps in CUDA graphs, which spares their launches: auto, where it is possible; on, or fail
+    with the reason; off. Steps are padded to fixed shapes then, which adds a few tokens and rounds differently."""
     profile: Profile = "none"
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""

@@ -65,7 +65,7 @@ class StepGradients(ABC):
         """Add the gradients of one pass; losses: 0-d, by task."""
 
     @abstractmethod
-    def finish(self, step: int) -> GradientReport | None:
+    def finish(self) -> GradientReport | None:
         """Leave the step's gradient in `.grad`."""
 
     def _scaled(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class SummedGradients(StepGradients):
         """One backward pass."""
         _backward_sum(losses)
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         """Nothing to combine."""
         if self.mixout is not None:
             with span("regularisation"):
@@ -93,9 +93,17 @@ class TaskGradients(StepGradients):
     """What the two ways to task gradients have in common: the Gram matrix and the combination."""
 
     def __init__(
-        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+        self,
+        model: MultiTaskModel,
+        surgery: Surgery,
+        tasks: Sequence[str],
+        mixout: Mixout | None,
+        orders: Tensor | None,
     ) -> None:
+        """orders: int64 [K, K - 1] on the host or the device, for each task the others in random order."""
         super().__init__(model, mixout)
+        assert orders is not None
+        self.orders = orders.to(next(model.parameters()).device, non_blocking=True)
         self.surgery = surgery
         self.tasks = tuple(tasks)
         self.shared = [p for _, p in model.shared_parameters() if p.requires_grad]
@@ -104,12 +112,12 @@ class TaskGradients(StepGradients):
         places = {task: place for place, task in enumerate(self.tasks)}
         self.owners = {p: places[task] for p, task in model.task_parameters() if task in places}
 
-    def finish(self, step: int) -> GradientReport | None:
+    def finish(self) -> GradientReport | None:
         """Combine the tasks' gradients."""
         with span("surgery"):
-            return self._combine(step)
+            return self._combine()
 
-    def _combine(self, step: int) -> GradientReport:
+    def _combine(self) -> GradientReport:
         gradients = self._task_gradients()
         first = next(self.model.parameters())
         gram = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=first.device)
@@ -118,7 +126,7 @@ class TaskGradients(StepGradients):
             gram += flat @ flat.T
         if self.surgery.config.variant == "reference":
             gram += torch.diag(self._own_norms(gram))
-        combined = self.surgery.combine(gram, self.tasks, step)
+        combined = self.surgery.combine(gram, self.tasks, self.orders)
         for parameter, gradient in gradients:
             weights = combined.shared.to(gradient.dtype)
             self._assign(parameter, torch.tensordot(weights, gradient, 1))
@@ -154,11 +162,12 @@ class OnePassGradients(TaskGradients):
         surgery: Surgery,
         tasks: Sequence[str],
         mixout: Mixout | None,
+        orders: Tensor | None,
         words: Tensor | None,
     ) -> None:
-        """words: int64 on the host, ascending, all that the step will read: the word table's gradient is kept for
-        them alone. None where the table is not trained."""
-        super().__init__(model, surgery, tasks, mixout)
+        """words: int64, different ones, all that the step will read: the word table's gradient is kept for them
+        alone. None where the table is not trained."""
+        super().__init__(model, surgery, tasks, mixout, orders)
         self.words = model.encoder.embeddings.word
         self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
         device = self.words.device
@@ -202,9 +211,14 @@ class PerTaskGradients(TaskGradients):
     """One backward pass a task."""
 
     def __init__(
-        self, model: MultiTaskModel, surgery: Surgery, tasks: Sequence[str], mixout: Mixout | None
+        self,
+        model: MultiTaskModel,
+        surgery: Surgery,
+        tasks: Sequence[str],
+        mixout: Mixout | None,
+        orders: Tensor | None,
     ) -> None:
-        super().__init__(model, surgery, tasks, mixout)
+        super().__init__(model, surgery, tasks, mixout, orders)
         self.sums: list[dict[nn.Parameter, Tensor]] = [{} for _ in self.tasks]
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
