@@ -111,11 +111,13 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
             parts = assemble(start)
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, model, data)
+        if config.graphs != "off":
+            logger.info("CUDA graphs: %s", parts.graphs)
         if not run.record_path.is_file():  # a run killed between the two files resumes, too
             run.write_json(
                 run.record_path,
                 describe_run(config, facts, run.name, model, data)
-                | {"pretraining": describe_stages(config, run.path)},
+                | {"pretraining": describe_stages(config, run.path), "graphs": parts.graphs},
             )
             write_problems(run, data)
         with MetricsLog(run.metrics_path) as log:
@@ -139,6 +141,8 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 trainer.resume()
             with profiling(config, run.path, machine, model, model.encoder.config):
                 trainer.fit()
+                if parts.train_step.graphs is not None:
+                    logger.info("CUDA graphs, steps: %s", parts.train_step.graphs.summary())
                 load_best_weights(model, run.checkpoints)
                 with span("prediction"):
                     predictions = predict_all(

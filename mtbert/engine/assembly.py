@@ -20,6 +20,7 @@ from mtbert.engine.build import (
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
+from mtbert.engine.graphs import use_graphs
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
 from mtbert.engine.profiling import check_profile
 from mtbert.engine.sense import check_sense
@@ -46,6 +47,8 @@ class Parts:
     curriculum: Curriculum
     unfreezing: Unfreezing | None
     evaluator: Evaluator
+    graphs: str
+    """Whether training steps are captured, or why not."""
 
 
 def assemble(config: TrainConfig) -> Parts:
@@ -64,6 +67,7 @@ def assemble(config: TrainConfig) -> Parts:
     batches = task_batches(config, data)
     curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
+    graphs = use_graphs(config, train_step, curriculum)
     evaluator = Evaluator(
         forward,
         tasks,
@@ -76,4 +80,4 @@ def assemble(config: TrainConfig) -> Parts:
         quality=sentence_quality(config, forward, tables, data, tokeniser),
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
-    return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)
+    return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, graphs)

@@ -92,7 +92,8 @@ def cagrad_weights(gram: Tensor, c: float) -> Tensor:
     feasible = (w >= -1e-9).all(-1)
     norm = torch.einsum("fri,ij,frj->fr", w, wide, w).clamp(min=0).sqrt()
     value = torch.where(feasible, w @ toward + radius * norm, torch.inf).flatten()
-    best = w.flatten(0, 1)[value.argmin()]
+    # Not w[...]: indexing by a tensor of one number reads it on the host.
+    best = w.flatten(0, 1).index_select(0, value.argmin().view(1)).squeeze(0)
     length = (best @ wide @ best).clamp(min=torch.finfo(wide.dtype).tiny).sqrt()
     return (count * (mean + radius * best / length)).to(gram.dtype)
 

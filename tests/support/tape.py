@@ -3,8 +3,8 @@
 Recording keeps every ATen operation below autograd with the memory that it read and wrote; a replay does them again on
 the same memory. Python runs no second time: what it reads, decides or keeps between steps stays as it was recorded,
 just as in a graph. What a graph could not hold raises RuntimeError: a value read from the device, a shape that depends
-on one, a number or an array that comes fresh from the host. Only what PyTorch dispatches is seen, so that the operations
-must be served by the reference.
+on one, a number or an array that comes fresh from the host. Only what PyTorch dispatches is seen, so that the reference
+must serve the operations.
 """
 
 from __future__ import annotations
