@@ -2,14 +2,16 @@
 
     python -m bench.gpu --output FOLDER                the Triton kernels, and whatever dispatch chooses
     python -m bench.gpu --output FOLDER --set lora     the CUDA extension's LoRA products
+    python -m bench.gpu --output FOLDER --set graphs   captured training steps, and their input
 
 Builds and installs nothing: `pip install --no-build-isolation --no-deps -e .` first, on a machine without network with
 wheels of jsonargparse, pytest and pytest-benchmark beside it. In turn, each with a limit of time: the doctor; the tests
 of the kernels, which run on the GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for
 them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the
-comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. Every part
-leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no
-GPU; 1: a part failed or ran out of time.
+comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For graphs:
+captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). Every
+part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
+no GPU; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Part:
     seconds: int
 
 
-SETS = ("kernels", "lora")
+SETS = ("kernels", "lora", "graphs")
 
 
 def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
@@ -62,6 +64,11 @@ def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
             Part("lora", [*pytest, "bench/test_lora.py", "--device", "cuda", *record], 190),
             Part("lora-memcheck", [*sanitizer, "memcheck", *check, "--quick"], 80),
             Part("lora-racecheck", [*sanitizer, "racecheck", *check, "--quick"], 80),
+        ]
+    if chosen == "graphs":
+        return [
+            Part("graphs", [sys.executable, "-m", "bench.graphs_check"], 360),
+            Part("input", [*pytest, "bench/test_input.py", "--device", "cuda", *record], 200),
         ]
     report = ["--quick", "--processes", str(max(1, cores // 2)), "--markdown", str(output / "compiled.md")]
     return [

@@ -69,8 +69,12 @@ def philox4x32(
     least one is a tensor. Returns four int64 tensors in [0, 2**32).
     """
     device = next(word.device for word in counter if isinstance(word, Tensor))
+    # A number becomes a tensor by a fill: a copy from the host could not be captured in a graph.
     c0, c1, c2, c3 = torch.broadcast_tensors(
-        *(torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+        *(
+            word.to(torch.int64) if isinstance(word, Tensor) else torch.full((), word, device=device)
+            for word in counter
+        )
     )
     k0, k1 = key
     for _ in range(_ROUNDS):

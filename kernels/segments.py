@@ -42,12 +42,12 @@ class Segments:
         return len(self.bounds) - 1
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        """The bounds as an int32 tensor [K + 1] on `device`: copied once, whatever the number of operations."""
+        """The bounds as an int32 tensor [K + 1] on `device`: made once, whatever the number of operations."""
         if device not in self._on_device:
-            bounds = torch.tensor(self.bounds, dtype=torch.int32)
-            # From pageable memory the copy would wait for all that the stream has still to do.
-            if device.type == "cuda":
-                bounds = bounds.pin_memory().to(device, non_blocking=True)
+            # Filled, not copied from the host: a copy could not be captured in a graph.
+            bounds = torch.empty(len(self.bounds), dtype=torch.int32, device=device)
+            for place, bound in zip(bounds, self.bounds, strict=True):
+                place.fill_(bound)
             self._on_device[device] = bounds
         return self._on_device[device]
 

@@ -113,6 +113,8 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
             parts = assemble(start)
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, forward, data)
+        if config.graphs != "off":
+            logger.info("CUDA graphs: %s", parts.graphs)
         if isinstance(forward, PrefixForward):  # before the clock of the training runs
             forward.open_files()
         if not run.record_path.is_file():  # a run killed between the two files resumes, too
@@ -122,6 +124,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 | {
                     "pretraining": describe_stages(config, run.path),
                     "frozen_layers": describe_frozen(forward),
+                    "graphs": parts.graphs,
                 },
             )
             write_problems(run, data)
@@ -147,6 +150,8 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 trainer.resume()
             with profiling(config, run.path, machine, model, model.encoder.config):
                 trainer.fit()
+                if parts.train_step.graphs is not None:
+                    logger.info("CUDA graphs, steps: %s", parts.train_step.graphs.summary())
                 load_best_weights(model, run.checkpoints)
                 with span("prediction"):
                     predictions = predict_all(

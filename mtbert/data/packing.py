@@ -37,6 +37,9 @@ class Segment:
     labels: Tensor
     weights: Tensor
     rows_per_example: int
+    padded: bool = False
+    """Whether filler rows follow on those of the examples (see `mtbert.data.padding`): then labels and weights have a
+    zero for each, and `examples` and `ids` are shorter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +80,14 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> PackedBatch:
         """The same batch in page-locked memory, which a GPU reads while the host goes on."""
-        return self._mapped(Tensor.pin_memory)
+        return self.mapped(Tensor.pin_memory)
 
-    def _mapped(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch with other tensors in place of its own, always in the same order."""
         return PackedBatch(
             move(self.input_ids),
             move(self.token_type_ids),

@@ -22,6 +22,7 @@ from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
 from mtbert.engine.frozen_prefix import keep_tables
+from mtbert.engine.graphs import use_graphs
 from mtbert.engine.methods import build_train_step, sentence_quality, task_losses
 from mtbert.engine.profiling import check_profile
 from mtbert.engine.sense import check_sense
@@ -48,6 +49,8 @@ class Parts:
     curriculum: Curriculum
     unfreezing: Unfreezing | None
     evaluator: Evaluator
+    graphs: str
+    """Whether training steps are captured, or why not."""
     compiled: CompiledParts | None = None
 
 
@@ -73,6 +76,7 @@ def assemble(config: TrainConfig) -> Parts:
     batches = task_batches(config, data)
     curriculum = curriculum_of(config, batches)
     check_sense(config, model, curriculum)
+    graphs = use_graphs(config, train_step, curriculum)
     evaluator = Evaluator(
         forward,
         tasks,
@@ -86,5 +90,5 @@ def assemble(config: TrainConfig) -> Parts:
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(
-        machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, compiled
+        machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, graphs, compiled
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtbert.data.dataset import MAX_POSITIONS, TaskData
 from mtbert.data.packing import Request, make_segment, pack, plan_passes
+from mtbert.data.padding import Budgets
 from mtbert.engine.forward import ForwardResult, PackedForward, PassInput, SegmentsOf
 from mtbert.kernels.casts import WeightCasts
 from mtbert.model.dropout import DropoutStream
@@ -38,9 +39,10 @@ class FrozenForward:
         self.max_tokens = max_tokens
         self._cache: weakref.WeakKeyDictionary[TaskData, Tensor] = weakref.WeakKeyDictionary()
 
-    def prepare(self, requests: Sequence[Request]) -> PassInput:
+    def prepare(self, requests: Sequence[Request], budgets: Budgets | None = None) -> PassInput:
         """Nothing but the requests: the features are on the device."""
-        return PassInput(tuple(requests))
+        tokens = sum(int(request.data.lengths[request.examples].sum()) for request in requests)
+        return PassInput(tuple(requests), tokens, unfit="" if budgets is None else "the features are cached")
 
     def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
         """`run` what is prepared."""
@@ -54,7 +56,7 @@ class FrozenForward:
         No trained parameter is shared here, so that `segments` has nothing to tell apart.
         """
         device = self.device
-        found, features, dropout_rows, tokens = [], {}, {}, 0
+        found, features, dropout_rows = [], {}, {}
         with span("data"):
             for request in ready.requests:
                 data = request.data
@@ -67,12 +69,11 @@ class FrozenForward:
                 found.append(
                     replace(segment, labels=segment.labels.to(device), weights=segment.weights.to(device))
                 )
-                tokens += int(data.lengths[request.examples].sum())
         with span("forward"):
             outputs = self.packed.model.outputs_from_features(
                 features, dropout_rows=dropout_rows, dropout=dropout
             )
-        return ForwardResult(tuple(found), features, outputs, tokens)
+        return ForwardResult(tuple(found), features, outputs, ready.tokens)
 
     def features(self, data: TaskData) -> Tensor:
         """Pooled rows `[rows, C]` of a whole table on the device; computed at the first call."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch, Request, Segment, pack
+from mtbert.data.padding import Budgets, PassShape, pad, valid_rows
 from mtbert.kernels.segments import Segments
 from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
@@ -24,8 +25,14 @@ class PassInput:
     """What a forward pass reads, on the host: all that can be made ready before the device is free."""
 
     requests: tuple[Request, ...]
+    tokens: int
+    """Real tokens that the examples hold."""
     batch: PackedBatch | None = None
     """The packed rows, in page-locked memory where a GPU will read them; None when the encoder is not run."""
+    shape: PassShape | None = None
+    """What the batch is padded to."""
+    unfit: str = ""
+    """Why it is not padded, where that was asked for."""
 
 
 SegmentsOf = Callable[[PackedBatch], Segments | None]
@@ -62,8 +69,11 @@ class Forward(Protocol):
     def dtype(self) -> torch.dtype:
         """What the encoder computes in."""
 
-    def prepare(self, requests: Sequence[Request]) -> PassInput:
-        """The host's part of a pass. Another thread may do it: it touches nothing that a pass changes."""
+    def prepare(self, requests: Sequence[Request], budgets: Budgets | None = None) -> PassInput:
+        """The host's part of a pass. Another thread may do it: it touches nothing that a pass changes.
+
+        budgets: pad the pass to them, if it fits.
+        """
 
     def run(
         self, ready: PassInput, dropout: DropoutStream | None, segments: SegmentsOf | None = None
@@ -82,10 +92,18 @@ class PackedForward:
         self.device = device
         self.dtype = dtype
 
-    def prepare(self, requests: Sequence[Request]) -> PassInput:
-        """Pack."""
-        batch = self.pack(requests)
-        return PassInput(tuple(requests), batch.pinned() if self.device.type == "cuda" else batch)
+    def prepare(self, requests: Sequence[Request], budgets: Budgets | None = None) -> PassInput:
+        """Pack, and pad where that is asked for."""
+        batch, shape, unfit = self.pack(requests), None, ""
+        tokens = batch.tokens
+        if budgets is not None:
+            found = budgets.shape_of(batch)
+            if isinstance(found, str):
+                unfit = found
+            else:
+                batch, shape = pad(batch, found), found
+        batch = batch.pinned() if self.device.type == "cuda" else batch
+        return PassInput(tuple(requests), tokens, batch, shape, unfit)
 
     def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
         """Pack, and run the model."""
@@ -102,7 +120,7 @@ class PackedForward:
             batch = ready.batch.to(self.device, non_blocking=True)
         with span("forward"):
             rows, outputs = run_model(self.model, batch, self.dtype, dropout, segments)
-        return ForwardResult(batch.segments, rows, outputs, batch.tokens, batch)
+        return ForwardResult(batch.segments, rows, outputs, ready.tokens, batch)
 
     def pack(self, requests: Sequence[Request]) -> PackedBatch:
         """What the encoder reads, on the host."""
@@ -130,6 +148,11 @@ def run_model(
         noise=noise,
         below=batch.below if serves else None,
     )
+    for segment in batch.segments:
+        if (
+            segment.padded
+        ):  # selected, not multiplied: what filler rows hold must not even be NaN for the heads
+            rows[segment.stream] = torch.where(valid_rows(segment), rows[segment.stream], 0.0)
     return rows, model.outputs_from_features(
         rows, dropout_rows=model.dropout_rows(batch) if dropout else None, dropout=dropout
     )

@@ -69,11 +69,11 @@ class StepGradients(ABC):
         """Add the gradients of one pass; losses: 0-d, by task."""
         self._backward(losses if self.scaler is None else self.scaler.scaled(losses))
 
-    def finish(self, step: int) -> GradientReport | None:
+    def finish(self) -> GradientReport | None:
         """Leave the step's gradient in `.grad`."""
         if self.scaler is not None:
             self.scaler.unscale(self._scaled_gradients())
-        return self._finish(step)
+        return self._finish()
 
     @abstractmethod
     def _backward(self, losses: Mapping[str, Tensor]) -> None:
@@ -84,7 +84,7 @@ class StepGradients(ABC):
         """What `_backward` left that is still scaled, each in memory of its own."""
 
     @abstractmethod
-    def _finish(self, step: int) -> GradientReport | None:
+    def _finish(self) -> GradientReport | None:
         """Leave the step's gradient in `.grad`."""
 
     def _scaled(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SummedGradients(StepGradients):
     def _scaled_gradients(self) -> list[Tensor]:
         return _gradients_of(self.model.parameters())
 
-    def _finish(self, step: int) -> None:
+    def _finish(self) -> None:
         if self.mixout is not None:
             with span("regularisation"):
                 for parameter in self.model.parameters():
@@ -117,10 +117,14 @@ class TaskGradients(StepGradients):
         model: MultiTaskModel,
         surgery: Surgery,
         tasks: Sequence[str],
-        mixout: Mixout | None = None,
+        mixout: Mixout | None,
+        orders: Tensor | None,
         scaler: LossScaler | None = None,
     ) -> None:
+        """orders: int64 [K, K - 1] on the host or the device, for each task the others in random order."""
         super().__init__(model, mixout, scaler)
+        assert orders is not None
+        self.orders = orders.to(next(model.parameters()).device, non_blocking=True)
         self.surgery = surgery
         self.tasks = tuple(tasks)
         self.shared = [p for _, p in model.shared_parameters() if p.requires_grad]
@@ -129,11 +133,11 @@ class TaskGradients(StepGradients):
         places = {task: place for place, task in enumerate(self.tasks)}
         self.owners = {p: places[task] for p, task in model.task_parameters() if task in places}
 
-    def _finish(self, step: int) -> GradientReport | None:
+    def _finish(self) -> GradientReport | None:
         with span("surgery"):
-            return self._combine(step)
+            return self._combine()
 
-    def _combine(self, step: int) -> GradientReport:
+    def _combine(self) -> GradientReport:
         gradients = self._task_gradients()
         first = next(self.model.parameters())
         gram = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=first.device)
@@ -142,7 +146,7 @@ class TaskGradients(StepGradients):
             gram += flat @ flat.T
         if self.surgery.config.variant == "reference":
             gram += torch.diag(self._own_norms(gram))
-        combined = self.surgery.combine(gram, self.tasks, step)
+        combined = self.surgery.combine(gram, self.tasks, self.orders)
         for parameter, gradient in gradients:
             weights = combined.shared.to(gradient.dtype)
             self._assign(parameter, torch.tensordot(weights, gradient, 1))
@@ -178,12 +182,13 @@ class OnePassGradients(TaskGradients):
         surgery: Surgery,
         tasks: Sequence[str],
         mixout: Mixout | None,
+        orders: Tensor | None,
         words: Tensor | None,
         scaler: LossScaler | None = None,
     ) -> None:
-        """words: int64 on the host, ascending, all that the step will read: the word table's gradient is kept for
-        them alone. None where the table is not trained."""
-        super().__init__(model, surgery, tasks, mixout, scaler)
+        """words: int64, different ones, all that the step will read: the word table's gradient is kept for them
+        alone. None where the table is not trained."""
+        super().__init__(model, surgery, tasks, mixout, orders, scaler)
         self.words = model.encoder.embeddings.word
         self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
         device = self.words.device
@@ -233,10 +238,11 @@ class PerTaskGradients(TaskGradients):
         model: MultiTaskModel,
         surgery: Surgery,
         tasks: Sequence[str],
-        mixout: Mixout | None = None,
+        mixout: Mixout | None,
+        orders: Tensor | None,
         scaler: LossScaler | None = None,
     ) -> None:
-        super().__init__(model, surgery, tasks, mixout, scaler)
+        super().__init__(model, surgery, tasks, mixout, orders, scaler)
         self.sums: list[dict[nn.Parameter, Tensor]] = [{} for _ in self.tasks]
 
     def _backward(self, losses: Mapping[str, Tensor]) -> None:

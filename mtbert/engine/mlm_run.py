@@ -128,6 +128,11 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
     settings = config.pretraining
     with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
         check_profile(config)
+        if config.graphs == "on":
+            raise ConfigError(
+                "graphs: on is not possible: masked-language modelling hides another number of tokens in every step;"
+                " possible: auto, off"
+            )
         machine = prepare_machine(config)
         folder = resolve(config.model.pretrained)
         data = mlm_data(config, folder)

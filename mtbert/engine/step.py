@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mtbert.curriculum import Plan
 from mtbert.data.dataset import TaskData
 from mtbert.data.packing import Segment, plan_passes
+from mtbert.data.padding import Budgets, PassShape, pad_words, valid_labels
 from mtbert.engine.forward import Forward, PassInput, TrainingPass
 from mtbert.engine.gradients import (
     GradientReport,
@@ -31,6 +33,9 @@ from mtbert.optim.mixout import Mixout
 from mtbert.optim.pretrained_decay import PretrainedDecay
 from mtbert.optim.surgery import Surgery, UncertaintyWeights
 from mtbert.ranges import span
+
+if TYPE_CHECKING:
+    from mtbert.engine.graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class StepResult:
             advice = _FP16_ADVICE
         culprits: dict[str, list[str]] = {}
         for segment, losses in self.examples:
-            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            own = losses[: len(segment.ids)]  # filler has no id
+            bad = (~torch.isfinite(own)).nonzero().flatten().tolist()
             culprits.setdefault(segment.task, []).extend(segment.ids[i] for i in bad)
         named = {task: ids for task, ids in culprits.items() if ids}
         if named:
@@ -128,7 +134,27 @@ class PreparedStep:
     """The examples of every stream, those of the objectives among them."""
     passes: tuple[PassInput, ...]
     words: Tensor | None = None
-    """int64, ascending: the words that the step holds; None where nothing asks for them."""
+    """int64, different ones: the words that the step holds; None where nothing asks for them."""
+    orders: Tensor | None = None
+    """int64 [K, K - 1]: for each task the others in the step's random order; None where nothing asks for it."""
+    shape: PassShape | None = None
+    """What its only pass is padded to; None for a step as it comes."""
+    unfit: str = ""
+    """Why it is not padded, where steps are."""
+    counter: Tensor | None = None
+    """int64 [1]: stands for `step` on the device, where the step is captured in a graph."""
+
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> PreparedStep:
+        """The same step with other tensors in place of its own, always in the same order."""
+        return replace(
+            self,
+            passes=tuple(
+                p if p.batch is None else replace(p, batch=p.batch.mapped(move)) for p in self.passes
+            ),
+            words=None if self.words is None else move(self.words),
+            orders=None if self.orders is None else move(self.orders),
+            counter=None if self.counter is None else move(self.counter),
+        )
 
 
 class TrainStep:
@@ -172,9 +198,14 @@ class TrainStep:
         self.mixout = mixout
         self.pretrained_decay = pretrained_decay
         self.scaler = scaler
+        self.budgets: Budgets | None = None
+        """What steps are padded to; None: they are taken as they come."""
+        self.graphs: StepGraphs | None = None
+        """Captured steps; None: every step is taken one operation after the other."""
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         one_pass = surgery is not None and surgery.config.gradients == "one-pass"
-        self._slots_words = one_pass and any(p is self.model.encoder.embeddings.word for p in self.parameters)
+        self.wants_words = one_pass and any(p is self.model.encoder.embeddings.word for p in self.parameters)
+        """Whether the gradients of the word table are wanted task by task, and so the words that a step holds."""
         trained = {id(p) for p in self.parameters}
         self.casts = WeightCasts(p for p in self.model.parameters() if id(p) not in trained)
 
@@ -197,12 +228,32 @@ class TrainStep:
         passes = plan_passes(examples, self.data, self.max_tokens)
         if not passes:
             raise ValueError("a step needs at least one example")
-        ready = tuple(self.forward.prepare(requests) for requests in passes)
         tasks = tuple(task for task, rows in plan.items() if len(rows))
-        return PreparedStep(step, tasks, examples, ready, self._words(tasks, ready))
+        orders = None
+        if self.surgery is not None and len(tasks) > 1:
+            orders = self._ready(self.surgery.orders(len(tasks), step))
+        if self.budgets is not None and len(passes) == 1:
+            one = self.forward.prepare(passes[0], self.budgets)
+            words = self._words(tasks, (one,))
+            if one.shape is None or words is None or len(words) <= self.budgets.words:
+                if one.shape is not None and words is not None:
+                    words = self._ready(pad_words(words, self.budgets.words))
+                return PreparedStep(step, tasks, examples, (one,), words, orders, one.shape, one.unfit)
+            unfit = "more words than their budget"
+        else:
+            unfit = "" if self.budgets is None else "the step takes several passes (max_tokens)"
+        ready = tuple(self.forward.prepare(requests) for requests in passes)
+        words = self._words(tasks, ready)
+        return PreparedStep(
+            step, tasks, examples, ready, None if words is None else self._ready(words), orders, unfit=unfit
+        )
 
     def run(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
-        """Train on what was prepared."""
+        """Train on what was prepared, by a captured graph where there is one."""
+        return self.eager(ready, progress) if self.graphs is None else self.graphs.run(ready, progress)
+
+    def eager(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
+        """Train on what was prepared, one operation after the other."""
         result = self.backward(ready, progress)
         update(self.optimizer, result, self.clip_norm, self.scaler)
         for objective in self.objectives:
@@ -216,7 +267,7 @@ class TrainStep:
 
     def backward(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
         """Forward and backward of every pass; leaves the step's gradient in `.grad`, unclipped."""
-        step = ready.step
+        step = ready.step if ready.counter is None else ready.counter
         with span("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
@@ -232,7 +283,7 @@ class TrainStep:
                     dropout=dropout,
                     segments=gradients.segments,
                     examples=ready.examples,
-                    step=step,
+                    step=ready.step,
                     progress=progress,
                 )
                 with span("loss"):
@@ -240,7 +291,7 @@ class TrainStep:
                 with span("backward"):
                     gradients.backward(losses)
                 sums.tokens += result.tokens
-        report = gradients.finish(step)
+        report = gradients.finish()
         if self.pretrained_decay is not None:
             with span("regularisation"):
                 self.pretrained_decay.add_gradients()
@@ -252,7 +303,7 @@ class TrainStep:
         total = torch.stack([torch.zeros_like(norm), *(loss.to(norm) for loss in sums.totals.values())]).sum()
         finite = torch.isfinite(norm) & torch.isfinite(total)
         return StepResult(
-            step,
+            ready.step,
             sums.tasks,
             sums.objectives,
             total,
@@ -280,6 +331,8 @@ class TrainStep:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state of `state()`."""
+        if self.graphs is not None:
+            self.graphs.forget()  # they write to the state that was
         for objective in self.objectives:
             objective.restore(_below(state, f"objective/{objective.name}/"))
         if self.surgery is not None:
@@ -300,18 +353,24 @@ class TrainStep:
 
     def _words(self, tasks: Sequence[str], passes: Sequence[PassInput]) -> Tensor | None:
         """The words that the passes hold, where the gradients of the word table are wanted task by task."""
-        if not self._slots_words or len(tasks) < 2:
+        if not self.wants_words or len(tasks) < 2:
             return None
         held = torch.cat([each.batch.input_ids for each in passes if each.batch is not None])
-        words = held.unique().long()
-        return words.pin_memory() if self.forward.device.type == "cuda" else words
+        return held.unique().long()
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.forward.device.type == "cuda" else tensor
 
     def _gradients(self, ready: PreparedStep) -> StepGradients:
         if self.surgery is None or len(ready.tasks) < 2:
             return SummedGradients(self.model, self.mixout, self.scaler)
         if self.surgery.config.gradients == "per-task":
-            return PerTaskGradients(self.model, self.surgery, ready.tasks, self.mixout, self.scaler)
-        return OnePassGradients(self.model, self.surgery, ready.tasks, self.mixout, ready.words, self.scaler)
+            return PerTaskGradients(
+                self.model, self.surgery, ready.tasks, self.mixout, ready.orders, self.scaler
+            )
+        return OnePassGradients(
+            self.model, self.surgery, ready.tasks, self.mixout, ready.orders, ready.words, self.scaler
+        )
 
     def _learned_weights(self) -> dict[str, Tensor]:
         """The learned weights of the tasks whose losses have them."""
@@ -327,7 +386,7 @@ class TrainStep:
             if segment is None:
                 continue
             with span("loss", task) as opened:
-                per_example = task_loss.per_example(run.outputs[task], segment.labels)
+                per_example = task_loss.per_example(run.outputs[task], valid_labels(segment))
                 sums.examples.append((segment, per_example.detach()))
                 weights = segment.weights.to(per_example.dtype)
                 mean_share = (per_example * weights).sum()

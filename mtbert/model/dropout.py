@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from torch import Tensor
+
 from mtbert.errors import ConfigError
 from mtbert.kernels import Dropout
 
@@ -77,7 +79,8 @@ class DropoutStream:
     """The masks of one forward pass: the run's seed, the step, and which pass of the step it is."""
 
     seed: int
-    step: int
+    step: int | Tensor
+    """A tensor (int64, of one element, on the model's device) where the step is captured in a graph."""
     forward_pass: int = 0
 
     def at(self, p: float, site: int) -> Dropout | None:

@@ -34,6 +34,12 @@ def _normalised(gram: Tensor) -> Tensor:
     return wide + torch.diag(_RIDGE * wide.diagonal() + _LEAST)
 
 
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution of a regular system. torch's plain `solve` asks the device whether it was one, and waits."""
+    solution: Tensor = torch.linalg.solve_ex(matrix, right).result
+    return solution
+
+
 def upgrad_weights(gram: Tensor) -> Tensor:
     """UPGrad (Quinton and Rey 2024): the sum of the gradients, each projected onto the dual cone of them all.
 
@@ -47,7 +53,7 @@ def upgrad_weights(gram: Tensor) -> Tensor:
     eye = torch.eye(count, dtype=wide.dtype, device=wide.device)
     matrix = torch.where(free.unsqueeze(-1), wide, eye)
     right = torch.where(free, 0.0, fixed)
-    v = torch.linalg.solve_ex(matrix, right)[0]
+    v = _solve(matrix, right)
     slack = 1e-9
     pull = v @ wide
     feasible = ((v >= fixed - slack) & (free | (pull >= -slack))).all(-1)
@@ -72,9 +78,8 @@ def cagrad_weights(gram: Tensor, c: float) -> Tensor:
     face = _faces(count, wide.device)[1:]  # every non-empty subset
     inside = face.to(wide.dtype)
     eye = torch.eye(count, dtype=wide.dtype, device=wide.device)
-    inverse = torch.linalg.inv_ex(torch.where(face[:, :, None] & face[:, None, :], wide, eye))[0] * (
-        inside[:, :, None] * inside[:, None, :]
-    )
+    block = torch.where(face[:, :, None] & face[:, None, :], wide, eye)
+    inverse = torch.linalg.inv_ex(block).inverse * (inside[:, :, None] * inside[:, None, :])
     # Stationarity on a face: toward + radius G w / ||w||_G = lambda 1, hence w ~ G^-1 (lambda 1 - toward), and
     # ||lambda 1 - toward||_{G^-1} = radius is a quadratic equation for lambda.
     a = torch.einsum("fij->f", inverse)
@@ -88,7 +93,8 @@ def cagrad_weights(gram: Tensor, c: float) -> Tensor:
     feasible = (w >= -1e-9).all(-1)
     norm = torch.einsum("fri,ij,frj->fr", w, wide, w).clamp(min=0).sqrt()
     value = torch.where(feasible, w @ toward + radius * norm, torch.inf).flatten()
-    best = w.flatten(0, 1)[value.argmin()]
+    # Not w[...]: indexing by a tensor of one number reads it on the host.
+    best = w.flatten(0, 1).index_select(0, value.argmin().view(1)).squeeze(0)
     length = (best @ wide @ best).clamp(min=torch.finfo(wide.dtype).tiny).sqrt()
     return (count * (mean + radius * best / length)).to(gram.dtype)
 
@@ -105,7 +111,7 @@ def nash_weights(gram: Tensor, iterations: int = 40) -> Tensor:
     alpha = wide.diagonal().rsqrt()
     for _ in range(iterations):
         slope = wide @ alpha - 1 / alpha
-        step = torch.linalg.solve_ex(wide + torch.diag(alpha**-2), slope)[0]
+        step = _solve(wide + torch.diag(alpha**-2), slope)
         decrement = (slope @ step).clamp(min=0).sqrt()
         alpha = alpha - step / (1 + decrement)  # within the region where the logarithms are defined
     wanted = wide.sum().clamp(min=0).sqrt()

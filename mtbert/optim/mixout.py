@@ -53,10 +53,10 @@ class Mixout:
         self._pretrained = [parameter.detach().clone() for parameter in parameters]
         longest = max(parameter.shape[0] for parameter in parameters)
         self._rows = torch.arange(longest, dtype=torch.int32, device=parameters[0].device)
-        self._step = 0
+        self._step: int | Tensor = 0
 
     @contextmanager
-    def mixed(self, step: int) -> Iterator[None]:
+    def mixed(self, step: int | Tensor) -> Iterator[None]:
         """Within it, the parameters hold w'; afterwards they hold w again, bit for bit, whatever happened."""
         self._step = step
         kept: list[tuple[nn.Parameter, Tensor]] = []

@@ -50,6 +50,10 @@ def factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
     """Give every group `share` of its own peak; returns the largest, for the log."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+    rates = [group["peak_lr"] * share for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # where a captured step reads it
+        else:
+            group["lr"] = rate
+    return max(rates)

@@ -6,6 +6,7 @@ gradient is sum_k c_k g_k. All of it is tensor arithmetic of a fixed shape, so t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -80,20 +81,24 @@ class Surgery:
         self.seed = seed
         self.targets: dict[tuple[str, str], Tensor] = {}
 
-    def combine(self, gram: Tensor, tasks: tuple[str, ...], step: int) -> Combined:
-        """gram: [K, K] of `tasks`, in at least float32."""
+    def orders(self, tasks: int, step: int) -> Tensor:
+        """The random orders of a step with that many tasks, on the host (see `random_orders`)."""
+        return torch.from_numpy(random_orders(tasks, self.seed, step))
+
+    def combine(self, gram: Tensor, tasks: tuple[str, ...], orders: Tensor) -> Combined:
+        """gram: [K, K] of `tasks`, in at least float32; orders: those of the step, on the device of gram."""
         ones = torch.ones_like(gram[0])
         none = torch.zeros_like(gram, dtype=torch.bool)
         method = self.config.method
         if method in ("sum", "uncertainty"):
             return Combined(ones, ones, none)
         if method == "pcgrad":
-            mixed = pcgrad(gram, random_orders(len(tasks), self.seed, step))
+            mixed = pcgrad(gram, orders)
             if self.config.variant == "reference":
                 return Combined(mixed.sum(0) / len(tasks), mixed.sum(0), _off_diagonal(mixed))
             return Combined(mixed.sum(0), ones, _off_diagonal(mixed))
         if method == "gradvac":
-            mixed = self._gradvac(gram, tasks, step)
+            mixed = self._gradvac(gram, tasks, orders)
             return Combined(mixed.sum(0), ones, _off_diagonal(mixed))
         weights = {
             "cagrad": lambda: cagrad_weights(gram, self.config.cagrad_c),
@@ -102,21 +107,17 @@ class Surgery:
         }[method]()
         return Combined(weights, ones, none)
 
-    def _gradvac(self, gram: Tensor, tasks: tuple[str, ...], step: int) -> Tensor:
-        targets = torch.stack(
-            [
-                torch.stack([self.targets.get((i, j), gram.new_zeros(())).to(gram) for j in tasks])
-                for i in tasks
-            ]
-        )
-        mixed, moved = gradvac(
-            gram, targets, random_orders(len(tasks), self.seed, step), self.config.gradvac_decay
-        )
+    def _gradvac(self, gram: Tensor, tasks: tuple[str, ...], orders: Tensor) -> Tensor:
+        """Changes the targets where they lie: a captured step finds them there again."""
+        for pair in itertools.product(tasks, tasks):
+            target = self.targets.get(pair)
+            self.targets[pair] = gram.new_zeros(()) if target is None else target.to(gram)
+        held = [self.targets[pair] for pair in itertools.product(tasks, tasks)]
+        targets = torch.stack(held).view(len(tasks), len(tasks))
+        mixed, moved = gradvac(gram, targets, orders, self.config.gradvac_decay)
         # A step whose gradients overflow is skipped, and must not stay in the running cosines for ever.
         targets = torch.where(gram.isfinite().all(), moved, targets)
-        for row, i in enumerate(tasks):
-            for column, j in enumerate(tasks):
-                self.targets[i, j] = targets[row, column]
+        torch._foreach_copy_(held, list(targets.flatten().unbind()))
         return mixed
 
     def state(self) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ class Surgery:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state of `state()`."""
-        self.targets = {(name.split("/")[0], name.split("/")[1]): value for name, value in state.items()}
+        self.targets = {(name.split("/")[0], name.split("/")[1]): v.clone() for name, v in state.items()}
 
 
 def _off_diagonal(mixed: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def random_orders(tasks: int, seed: int, step: int) -> np.ndarray:
     return orders
 
 
-def pcgrad(gram: Tensor, orders: np.ndarray) -> Tensor:
+def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     """PCGrad (Yu et al. 2020, algorithm 1): [K, K], row i is task i's projected gradient in terms of the tasks' own.
 
     For every other task j in the order `orders[i]` [K, K - 1]: where g_i and the original g_j conflict (their inner
@@ -152,13 +153,13 @@ def pcgrad(gram: Tensor, orders: np.ndarray) -> Tensor:
     rows = torch.arange(len(gram), device=gram.device)
     norms = gram.diagonal()
     for place in range(orders.shape[1]):
-        j = torch.from_numpy(np.ascontiguousarray(orders[:, place])).to(gram.device)
+        j = orders[:, place]
         inner = (mixed @ gram)[rows, j]
         mixed[rows, j] -= torch.where((inner < 0) & (norms[j] > 0), inner / norms[j], 0.0)
     return mixed
 
 
-def gradvac(gram: Tensor, targets: Tensor, orders: np.ndarray, decay: float) -> tuple[Tensor, Tensor]:
+def gradvac(gram: Tensor, targets: Tensor, orders: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Gradient Vaccine (Wang et al. 2021, algorithm 1): the altered gradients as in `pcgrad`, and the new targets.
 
     Where the cosine phi of g_i (as altered so far) and the original g_j is below its running target t, g_i gains
@@ -173,7 +174,7 @@ def gradvac(gram: Tensor, targets: Tensor, orders: np.ndarray, decay: float) -> 
     norms = gram.diagonal().clamp(min=0).sqrt()
     targets = targets.clone()
     for place in range(orders.shape[1]):
-        j = torch.from_numpy(np.ascontiguousarray(orders[:, place])).to(gram.device)
+        j = orders[:, place]
         product = mixed @ gram
         own = (product * mixed).sum(1).clamp(min=0).sqrt()
         scale = own * norms[j]

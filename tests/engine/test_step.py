@@ -97,7 +97,7 @@ def test_what_a_gpu_will_copy_is_made_ready_in_pinned_memory(
     assert not pinned
     assembly.forward.device = torch.device("cuda")  # type: ignore[misc]
     ready = assembly.step.prepare(plan, 0)
-    found = [ready.words]
+    found = [ready.words, ready.orders]
     for before, each in zip(plain.passes, ready.passes, strict=True):
         assert before.batch is not None
         assert each.batch is not None
