@@ -240,13 +240,25 @@ def given_forward(shape: Shape, tile: TileShape) -> Cost:
     return Cost(moved, _tile(tile, 2.0 * tile[0] * tile[1] * (k + r)), base.tiles)
 
 
-def _low_parts(shape: Shape) -> tuple[int, int]:
-    """Pieces of the rows and of the columns that dy is cut into: 128 rows at least, about 128 of both in all."""
-    slab = 128 * max(1, math.ceil(shape.rows / 128**2))
-    pieces = math.ceil(shape.rows / slab)
+def low_parts(shape: Shape) -> tuple[int, int]:
+    """Pieces of the rows and of the columns that dy is cut into: about 128 of both in all, and the smallest parts.
+
+    A piece of rows is of a multiple of 128: up to 512 where s leaves room for so many.
+    """
     steps = math.ceil(shape.outputs // shape.blocks * shape.size / 128)
-    wanted = math.ceil(128 / (pieces * shape.blocks))
-    return pieces, math.ceil(steps / math.ceil(steps / min(steps, wanted)))
+    least = max(1, math.ceil(shape.rows / 128**2))
+    ways: list[tuple[int, int]] = []
+    for lines in range(least, max(least, 4 if shape.rank * shape.size <= 64 else 1) + 1):
+        pieces = math.ceil(shape.rows / (128 * lines))
+        wanted = math.ceil(128 / (pieces * shape.blocks))
+        ways.append((pieces, math.ceil(steps / math.ceil(steps / min(steps, wanted)))))
+    enough = min(math.prod(ways[0]), math.ceil(128 / shape.blocks))
+
+    def parts(way: tuple[int, int]) -> int:
+        pieces, splits = way
+        return shape.outputs * pieces * (pieces > 1) + shape.rows * shape.blocks * splits * (splits > 1)
+
+    return min((way for way in ways if math.prod(way) >= enough), key=parts)
 
 
 def low(shape: Shape) -> tuple[Cost, Cost]:
@@ -256,7 +268,7 @@ def low(shape: Shape) -> tuple[Cost, Cost]:
     piece of rows, M J R for each of columns; then the parts in and the sums out. FLOPs: 2 M N R twice.
     """
     m, n, r = shape.rows, shape.outputs, shape.rank
-    pieces, splits = _low_parts(shape)
+    pieces, splits = low_parts(shape)
     of_b, of_ds = n * r * _FLOAT, m * shape.low * _FLOAT
     parts = pieces * of_b * (pieces > 1) + splits * of_ds * (splits > 1)
     sums = of_b + m * shape.low * shape.size

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from support.emulation import load
 from support.lora_plan import SM80, cuts, plan, takes_wide
 
 from bench import lora_model
@@ -64,11 +66,11 @@ def test_the_backward_pass_by_hand() -> None:
     main, added = lora_model.low(replace(SHAPE, rows=128))
     assert main.bytes == 2 * (128 * 192 + 192 * 16 + 128 * 48) + 192 * 16 * 4 + 128 * 48 * 2
     assert added.bytes == 0
-    # 8,192 rows are 64 pieces, so that the 12 steps of 768 outputs are split in two: ds is added up too.
+    # 8,192 rows in 32 pieces, with the 12 steps of 768 outputs in four runs, leave smaller parts than 64 and two.
     large = Shape(8192, 768, 768, 16)
     main, added = lora_model.low(large)
-    parts = 64 * 768 * 16 * 4 + 2 * 8192 * 16 * 4
-    assert main.tiles == 64 * 2
+    parts = 32 * 768 * 16 * 4 + 4 * 8192 * 16 * 4
+    assert main.tiles == 32 * 4
     assert main.bytes == 2 * (8192 * 768 + 768 * 16 + 8192 * 16) + parts
     assert added.bytes == parts + 768 * 16 * 4 + 8192 * 16 * 2
 
@@ -124,6 +126,26 @@ def test_wgmma_s_cuts_are_the_kernels_own() -> None:
         cost = lora_model.fused_forward(H200, shape, (128, width))
         assert [cost.tiles, cost.special, *(cost.busiest or ())] == counts
         assert cost.draws == counts[1] * 128 * 768 / 8
+
+
+def test_the_cuts_of_ds_and_db_are_the_kernels_own() -> None:
+    shapes = [
+        Shape(rows, 768, outputs, rank, True, blocks, size)
+        for rows in (1, 128, 300, 2048, 5000, 8192, 16384, 1 << 17)
+        for outputs in (24, 384, 768, 2304, 3072)
+        for rank in lora_model.PADDED
+        for blocks in (1, 3)
+        for size in (2, 4)
+    ]
+    numbers = [[s.rows, s.outputs, s.blocks, s.rank, s.size] for s in shapes]
+    results = torch.zeros(len(shapes), 2, dtype=torch.int64)
+    given = torch.tensor(numbers, dtype=torch.int64)
+    load("lora_sm80_entry.cpp").call("lora_low_cuts", given, len(shapes), results)
+    assert [tuple(row) for row in results.tolist()] == [lora_model.low_parts(shape) for shape in shapes]
+    # At the sizes of the goals the parts are less than a third of dy.
+    for outputs in (768, 1024, 3072):
+        pieces, splits = lora_model.low_parts(Shape(8192, 768, outputs, 16))
+        assert 3 * (pieces * outputs + splits * 8192) * 16 * 4 < 8192 * outputs * 2
 
 
 @pytest.mark.parametrize("dropout", [False, True])

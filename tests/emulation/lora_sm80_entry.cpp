@@ -30,7 +30,7 @@ struct Sizes {
     using Rank = Small;
     using Low = std::conditional_t<kBF16, Choices<16, 64, 192>, Choices<64>>;
     static constexpr cuda::LoraCard kCard{4, 200};
-    static constexpr std::int64_t kLowSlabs = 2, kGradABlocks = 4;
+    static constexpr std::int64_t kLowBlocks = 2, kGradABlocks = 4;
 };
 
 // What a call is about: int64 fields in the order of the tests' own structure.
@@ -205,6 +205,23 @@ extern "C" const char* lora_low(const Call* call, double scale, const void* grad
             m.finish();
         });
     });
+}
+
+// How a GPU cuts the work on ds and dB of `count` shapes, results: pieces of rows and runs of columns; shapes: rows,
+// outputs, blocks, rank and bytes of an element of each.
+extern "C" const char* lora_low_cuts(const std::int64_t* shapes, std::int64_t count, std::int64_t* results) {
+    for (std::int64_t i = 0; i < count; ++i, shapes += 5, results += 2) {
+        cuda::LoraShape shape{};
+        shape.rows = shapes[0];
+        shape.outputs = shapes[1];
+        shape.blocks = shapes[2];
+        shape.rank = shapes[3];
+        shape.dtype = shapes[4] == 4 ? DType::kFloat32 : DType::kBFloat16;
+        const cuda::sm80::LowPlan plan = cuda::sm80::plan_low(shape, 1);
+        results[0] = plan.pieces;
+        results[1] = plan.splits;
+    }
+    return nullptr;
 }
 
 extern "C" const char* lora_grad_a(const Call* call, const void* x, const void* ds, void* grad_a, const void* bounds,

@@ -16,7 +16,6 @@ from itertools import pairwise
 import pytest
 import torch
 from support.emulation import EmulationError, Library, Replacement, load
-from support.kernel_checks import kinds
 from torch import Tensor
 
 from mtbert.kernels import Dropout
@@ -429,28 +428,21 @@ def test_infinity_does_not_leave_the_rank(library: Library, case: Case) -> None:
     data = make(case)
     row = case.rows // 2
     column = int(data.keep[row].nonzero()[0])
-    data.x[row, column], data.grad[row, 0] = torch.inf, -torch.inf
+    data.x[row, column], data.grad[row, 0] = torch.inf, torch.inf
+    # Positive, so that no sum of infinities is NaN.
+    for matrix in (data.weight[:, column], data.a[:, column], data.b):
+        matrix.abs_()
     own = torch.arange(case.padded).repeat(case.blocks) < case.rank
-    s_kinds = kinds(
-        torch.where(own, torch.where(data.keep[row], data.x[row], 0).double() @ data.a.double().T, 0)
-    )
-    assert bool(s_kinds.any())
-    base = data.x[row].double() @ data.weight.double().T
     for mode in (FUSED, THIN):
         out, s = forward(library, data, mode)
         assert bool((s[:, ~own] == 0).all())
-        assert torch.equal(kinds(s[row]), s_kinds)
+        assert bool(s[row, own].isposinf().all())
         if mode == FUSED:
-            lows, b = (
-                s[row].double().view(case.blocks, -1),
-                data.b.double().view(case.blocks, -1, case.padded),
-            )
-            added = torch.einsum("jr,jnr->jn", lows[:, : case.rank], b[:, :, : case.rank])
-            assert torch.equal(kinds(out[row]), kinds(base + added.flatten()))
+            assert bool(out[row].isposinf().all())
             assert bool(out[torch.arange(case.rows) != row].isfinite().all())
     ds, _ = low(library, data)
     assert bool((ds[:, ~own] == 0).all())
-    assert kinds(ds[row]).nonzero().flatten().tolist() == list(range(case.rank))
+    assert ds[row].isposinf().nonzero().flatten().tolist() == list(range(case.rank))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
@@ -490,8 +482,8 @@ LATE_WAIT = """        machine::copy_async_wait<kStages - 2>();
         copy_late(step + kStages - 1);
         multiply_main(step);
 """
-LOW_WAIT = """            machine::copy_async_wait<kStages - 2>();
-            machine::block_barrier();
+LOW_WAIT = """                machine::copy_async_wait<kStages - 2>();
+                machine::block_barrier();
 """
 
 
@@ -605,15 +597,21 @@ FAULTS = {
     ),
     "rows of the next group": Fault(
         "low.h",
-        "piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
-        "!{n} && piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows",
-        *(run_low, CUT, EmulationError, r"race: byte \d+ of ds"),
+        "piece.end - first_row < kTogether ? piece.end - first_row : kTogether",
+        "!{n} && piece.end - first_row < kTogether ? piece.end - first_row : kTogether",
+        *(run_low, CUT, EmulationError, "of s, out of bounds"),
     ),
     "only the last rows of a piece": Fault(
         "low.h",
         "if (!is_first) {\n                                const auto before",
         "if (!is_first && !{n}) {\n                                const auto before",
-        *(run_low, CUT, AssertionError, "error"),
+        *(run_low, replace(CUT, rank=64), AssertionError, "error"),
+    ),
+    "s of the first rows": Fault(
+        "low.h",
+        "s_tile + pass * Tile::kSBytes);",
+        "s_tile + ({n} ? 0 : pass) * Tile::kSBytes);",
+        *(run_low, replace(CUT, bounds=None), AssertionError, "error"),
     ),
     "wait for dy": Fault(
         "low.h",

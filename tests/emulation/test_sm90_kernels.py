@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 from support.emulation import EmulationError, Replacement
-from support.kernel_checks import kinds
 from support.sm90 import Case, Problem, close, load_emulation
 
 HEADERS = "csrc/cuda/lora"
@@ -193,15 +192,15 @@ def test_infinity_does_not_leave_the_rank(library: ctypes.CDLL, change: dict[str
     problem = Problem(case)
     column = int(problem.keep()[7].nonzero()[0])
     problem.x[7, column] = float("inf")
+    # Positive, so that no sum of infinities is NaN.
+    for matrix in (problem.weight, problem.a):
+        matrix[:, column].abs_()
+    problem.b.abs_()
     problem.forward(library)
     own = (torch.arange(case.rank) < torch.tensor(case.used)[:, None]).flatten()
     assert (problem.s[:, ~own] == 0).all()
-    assert (kinds(problem.s[7]) != 0).tolist() == own.tolist()
-    infinite = kinds(problem.x[7].double() @ problem.weight.double().t()).view(case.blocks, -1)
-    s, b = problem.s[7].double().view(case.blocks, -1), problem.b.double().view(case.blocks, -1, case.rank)
-    for block, used in enumerate(case.used):
-        expected = infinite[block] * float("inf") + b[block, :, :used] @ s[block, :used]
-        assert torch.equal(kinds(problem.out[7].view(case.blocks, -1)[block]), kinds(expected))
+    assert problem.s[7, own].isposinf().all()
+    assert problem.out[7].isposinf().all()
     assert problem.out[:7].isfinite().all()
     assert problem.out[8:].isfinite().all()
 

@@ -1,10 +1,11 @@
 // ds = scale * dy B and dB = dy^T s in one pass over dy.
 //
-// A block takes one piece of the rows and a run of the columns of one block of outputs; 128 rows at a time it
-// walks along them in steps of 128 bytes. Both sums read the same tile of dy, stored as columns of pieces: ds its
-// rows, dB its transpose. ds is complete where the block has all columns, and a part otherwise; dB of the piece is
-// added up in the block's own part of the workspace, once for every 128 rows. Another kernel adds the parts, in
-// the order of their numbers.
+// A block takes one piece of the rows and a run of the columns of one block of outputs. It walks along the columns in
+// steps of 128 bytes, and in each step down as many rows as it has sums of ds for in registers (passes of 128), so that
+// dB of the step is complete when it is written. Both sums read the same tile of dy, stored as columns of pieces: ds its
+// rows, dB its transpose. ds is complete where the block has all columns, and a part otherwise; dB of a piece of more
+// rows than that is added up in the block's own part of the workspace. Another kernel adds the parts, in the order of
+// their numbers.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +35,9 @@ struct Low {
     float scale;
 };
 
+// How many times 128 rows a block takes together: as s and the sums of ds leave room for them.
+constexpr int low_passes(std::int64_t rank, std::int64_t element_size) { return rank * element_size <= 64 ? 4 : 1; }
+
 // kRank: the most columns of s of a block of outputs.
 template <typename T, int kRank>
 struct LowTile {
@@ -45,9 +49,10 @@ struct LowTile {
     static constexpr int kLowPieces = kRank / kPieceElements<T>;
     static constexpr int kBOffset = kPieces * kPitch<T, kRows>;  // after the tile of dy
     static constexpr int kStageBytes = kBOffset + kLowPieces * kPitch<T, kColumns>;
-    static constexpr int kSBytes = kLowPieces * kPitch<T, kRows>;
+    static constexpr int kSBytes = kLowPieces * kPitch<T, kRows>;  // of one pass
+    static constexpr int kPasses = low_passes(kRank, sizeof(T));
     static constexpr int kStages = kIsFloat<T> && kRank > 32 ? 2 : 3;
-    static constexpr int kSharedBytes = kSBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes = kPasses * kSBytes + kStages * kStageBytes;
     static_assert(kSharedBytes <= 99 * 1024);
 };
 
@@ -79,27 +84,33 @@ void low_kernel(const Low p) {
     const char* const b = p.b + first_output * rank_bytes;
     const std::int64_t first_line = static_cast<std::int64_t>(number) * p.blocks * p.outputs + first_output;  // of dB
 
-    const Shared s_tile = machine::shared_start(), start = s_tile + Tile::kSBytes;
-    for (std::int64_t first_row = piece.begin; first_row < piece.end; first_row += Tile::kRows) {
+    constexpr int kPasses = Tile::kPasses, kTogether = kPasses * Tile::kRows;
+    const Shared s_tile = machine::shared_start(), start = s_tile + kPasses * Tile::kSBytes;
+    for (std::int64_t first_row = piece.begin; first_row < piece.end; first_row += kTogether) {
         const bool is_first = first_row == piece.begin;
-        const int rows_there =
-            static_cast<int>(piece.end - first_row < Tile::kRows ? piece.end - first_row : Tile::kRows);
+        const int rows_there = static_cast<int>(piece.end - first_row < kTogether ? piece.end - first_row : kTogether);
+        const int passes = (rows_there + Tile::kRows - 1) / Tile::kRows;
         const char* const grad = p.grad + first_row * p.grad_stride + first_output * kElement;
         const char* const s = p.s + first_row * s_stride + block * rank_bytes;
         Ring<kStages, Tile::kStageBytes> reads, writes;
         const auto copy_s = [&] {
-            copy_columns<T, Tile::kRows, Tile::kLowPieces, Tile::kThreads>(s_tile, [&](PieceIndex at) {
-                const int byte = at.column * kPieceBytes;
-                return Source{s + at.slot * s_stride + byte, at.slot < rows_there && byte < rank_bytes};
-            });
+            for (int pass = 0; pass < passes; ++pass) {
+                copy_columns<T, Tile::kRows, Tile::kLowPieces, Tile::kThreads>(
+                    s_tile + pass * Tile::kSBytes, [&](PieceIndex at) {
+                        const int byte = at.column * kPieceBytes, row = pass * Tile::kRows + at.slot;
+                        return Source{s + row * s_stride + byte, row < rows_there && byte < rank_bytes};
+                    });
+            }
         };
-        const auto copy_step = [&](int step) {
-            if (step < steps) {
+        int copy_step = 0, copy_pass = 0;
+        const auto copy_tile = [&] {
+            if (copy_step < steps) {
                 const Shared stage = start + writes.offset();
-                const int first_byte = (first_step + step) * Tile::kStepBytes, first_column = first_byte / kElement;
+                const int first_byte = (first_step + copy_step) * Tile::kStepBytes;
+                const int first_column = first_byte / kElement;
                 copy_columns<T, Tile::kRows, Tile::kPieces, Tile::kThreads>(stage, [&](PieceIndex at) {
-                    const int byte = first_byte + at.column * kPieceBytes;
-                    return Source{grad + at.slot * p.grad_stride + byte, at.slot < rows_there && byte < grad_bytes};
+                    const int byte = first_byte + at.column * kPieceBytes, row = copy_pass * Tile::kRows + at.slot;
+                    return Source{grad + row * p.grad_stride + byte, row < rows_there && byte < grad_bytes};
                 });
                 copy_columns<T, Tile::kColumns, Tile::kLowPieces, Tile::kThreads>(
                     stage + Tile::kBOffset, [&](PieceIndex at) {
@@ -110,6 +121,10 @@ void low_kernel(const Low p) {
             }
             machine::copy_async_commit();
             writes.advance();
+            if (++copy_pass == passes) {
+                copy_pass = 0;
+                ++copy_step;
+            }
         };
 
         if (!is_first) {
@@ -119,13 +134,13 @@ void low_kernel(const Low p) {
             copy_s();  // part of the first group
         }
         MTBERT_UNROLL
-        for (int step = 0; step < kStages - 1; ++step) {
-            copy_step(step);
+        for (int tile = 0; tile < kStages - 1; ++tile) {
+            copy_tile();
         }
 
-        // Rows 16 warp and on of ds.
-        float sum[kTiles][4] = {};
-        const auto add_low = [&](Shared stage) {
+        // Rows 16 warp and on of ds, of every pass.
+        float sums[kPasses][kTiles][4] = {};
+        const auto add_low = [&](float (&sum)[kTiles][4], Shared stage) {
             MTBERT_UNROLL
             for (int pair = 0; pair < 2; ++pair) {
                 std::uint32_t a[2][4];
@@ -140,12 +155,9 @@ void low_kernel(const Low p) {
                 }
             }
         };
-        const auto add_grad_b = [&](Shared stage, int step) {
-            const int grad_tile = warp % kGradTiles, share = warp / kGradTiles;
-            if (share >= kShares) {
-                return;
-            }
-            float product[kShareTiles][4] = {};
+        const int grad_tile = warp % kGradTiles, share = warp / kGradTiles;
+        const bool has_share = p.part_b != nullptr && share < kShares;
+        const auto add_grad_b = [&](float (&product)[kShareTiles][4], Shared stage, Shared s_pass) {
             for (int slot = 0; slot < Tile::kRows; slot += kPair) {
                 std::uint32_t a[2][4];
                 load_a_transposed<T, Tile::kRows>(a[0], stage, grad_tile, slot);
@@ -153,11 +165,13 @@ void low_kernel(const Low p) {
                 MTBERT_UNROLL
                 for (int i = 0; i < kShareTiles; ++i) {
                     std::uint32_t low[2][2];
-                    load_b_pair<T, Tile::kRows>(low, s_tile, share * kShareTiles + i, slot);
+                    load_b_pair<T, Tile::kRows>(low, s_pass, share * kShareTiles + i, slot);
                     multiply_add<T>(product[i], a[0], low[0]);
                     multiply_add<T>(product[i], a[1], low[1]);
                 }
             }
+        };
+        const auto store_grad_b = [&](const float (&product)[kShareTiles][4], int step) {
             MTBERT_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int output = (first_step + step) * Tile::kColumns + grad_tile * 16 + g + 8 * half;
@@ -181,20 +195,31 @@ void low_kernel(const Low p) {
             }
         };
         for (int step = 0; step < steps; ++step) {
-            machine::copy_async_wait<kStages - 2>();
-            machine::block_barrier();
-            copy_step(step + kStages - 1);
-            const Shared stage = start + reads.offset();
-            add_low(stage);
-            if (p.part_b != nullptr) {
-                add_grad_b(stage, step);
+            float product[kShareTiles][4] = {};
+            MTBERT_UNROLL
+            for (int pass = 0; pass < kPasses; ++pass) {
+                if (pass == passes) {
+                    break;
+                }
+                machine::copy_async_wait<kStages - 2>();
+                machine::block_barrier();
+                copy_tile();
+                const Shared stage = start + reads.offset();
+                add_low(sums[pass], stage);
+                if (has_share) {
+                    add_grad_b(product, stage, s_tile + pass * Tile::kSBytes);
+                }
+                reads.advance();
             }
-            reads.advance();
+            if (has_share) {
+                store_grad_b(product, step);
+            }
         }
 
         MTBERT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const int row = 16 * warp + g + 8 * half;
+        for (int half = 0; half < 2 * kPasses; ++half) {
+            const int row = half / 2 * Tile::kRows + 16 * warp + g + 8 * (half % 2);
+            const float(&sum)[kTiles][4] = sums[half / 2];
             MTBERT_UNROLL
             for (int i = 0; i < kTiles; ++i) {
                 const int column = 8 * i + 2 * q;
@@ -202,8 +227,8 @@ void low_kernel(const Low p) {
                     const std::int64_t at = (first_row + row) * p.blocks * p.rank + block * p.rank + column;
                     // Zero where it only fills up the rank, whatever the sum.
                     const int left = p.ranks.of(block) - column;
-                    const float first = left > 0 ? sum[i][2 * half] : 0.0f;
-                    const float second = left > 1 ? sum[i][2 * half + 1] : 0.0f;
+                    const float first = left > 0 ? sum[i][half % 2 * 2] : 0.0f;
+                    const float second = left > 1 ? sum[i][half % 2 * 2 + 1] : 0.0f;
                     if (p.splits > 1) {
                         const std::int64_t part = split * p.pieces.rows * p.blocks * p.rank;
                         machine::store_global(p.part_ds + part + at, float_words(first, second));

@@ -32,8 +32,8 @@ using Choices = std::integer_sequence<int, kValues...>;
 // How work is cut: for a large GPU, whatever the card, so that equal calls give equal bits. A test has less of it.
 struct Cuts {
     static constexpr LoraCard kCard = kLoraCard;
-    // The most slabs of rows for dB, whose parts take outputs * rank floats each; and the blocks that are wanted.
-    static constexpr std::int64_t kLowSlabs = 128;
+    // The blocks that are wanted for ds and dB, and the most slabs of rows.
+    static constexpr std::int64_t kLowBlocks = 128;
     // The blocks that are wanted for dA.
     static constexpr std::int64_t kGradABlocks = 256;
 };
@@ -196,7 +196,9 @@ void run_input(const LoraInput& f, const Launch& launch) {
     start(InputTile<T, 1, 1>{}, &input_kernel<T, 1, 1>);
 }
 
-// How the work on ds and dB is cut; where rows are few, the columns are split.
+// How the work on ds and dB is cut, in slabs of rows and runs of columns: of the ways that give as many blocks as are
+// wanted, the one whose parts are smallest. A slab leaves a part of outputs * rank floats of dB, a run of columns one of
+// rows * rank of ds.
 struct LowPlan {
     std::int64_t slab;
     std::int64_t pieces;
@@ -210,12 +212,26 @@ LowPlan plan_low(const LoraShape& shape, std::int64_t groups) {
     constexpr std::int64_t kRows = 128, kStepBytes = 128;
     const std::int64_t size = shape.dtype == DType::kFloat32 ? 4 : 2;
     LowPlan plan{};
-    plan.slab = kRows * std::max<std::int64_t>(1, ceil_div(shape.rows, kRows * Sizes::kLowSlabs));
-    plan.pieces = count_pieces(shape.rows, plan.slab, groups);
     const std::int64_t steps = ceil_div(shape.outputs / shape.blocks * size, kStepBytes);
-    const std::int64_t wanted = ceil_div(Sizes::kLowSlabs, ceil_div(shape.rows, plan.slab) * shape.blocks);
-    plan.split_steps = ceil_div(steps, std::min(steps, wanted));
-    plan.splits = ceil_div(steps, plan.split_steps);
+    const std::int64_t least = std::max<std::int64_t>(1, ceil_div(shape.rows, kRows * Sizes::kLowBlocks));
+    const std::int64_t most = std::max<std::int64_t>(least, low_passes(shape.rank, size));
+    std::int64_t blocks = 0, smallest = 0;  // of the first way, and its parts in floats by the rank
+    for (std::int64_t lines = least; lines <= most; ++lines) {
+        const std::int64_t slabs = ceil_div(shape.rows, kRows * lines);
+        const std::int64_t wanted = ceil_div(Sizes::kLowBlocks, slabs * shape.blocks);
+        const std::int64_t split_steps = ceil_div(steps, std::min(steps, wanted));
+        const std::int64_t splits = ceil_div(steps, split_steps);
+        const std::int64_t parts =
+            (slabs > 1 ? slabs * shape.outputs : 0) + (splits > 1 ? splits * shape.rows * shape.blocks : 0);
+        if (lines == least || (slabs * splits >= blocks && parts < smallest)) {
+            blocks = lines == least ? std::min(slabs * splits, ceil_div(Sizes::kLowBlocks, shape.blocks)) : blocks;
+            smallest = parts;
+            plan.slab = kRows * lines;
+            plan.split_steps = split_steps;
+            plan.splits = splits;
+        }
+    }
+    plan.pieces = count_pieces(shape.rows, plan.slab, groups);
     plan.part_b = plan.pieces > 1 ? plan.pieces * shape.outputs * shape.rank : 0;
     plan.part_ds = plan.splits > 1 ? plan.splits * shape.rows * shape.blocks * shape.rank : 0;
     return plan;
