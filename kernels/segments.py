@@ -29,7 +29,7 @@ class Segments:
     """int32 [tokens]: with it, the companion of the embedding's word table is `[K, slots in use, C]`, and row
     slots[t] of it belongs to the word of token t. A dense table would be almost all zeros."""
 
-    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _on_device: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         bounds = self.bounds
@@ -42,18 +42,34 @@ class Segments:
         return len(self.bounds) - 1
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        """The bounds as an int32 tensor [K + 1] on `device`: copied once, whatever the number of operations."""
-        if device not in self._on_device:
-            bounds = torch.tensor(self.bounds, dtype=torch.int32)
-            # From pageable memory the copy would wait for all that the stream has still to do.
-            if device.type == "cuda":
-                bounds = bounds.pin_memory().to(device, non_blocking=True)
-            self._on_device[device] = bounds
-        return self._on_device[device]
+        """The bounds as an int32 tensor [K + 1] on `device`: copied once a stream, whatever the number of operations.
+
+        A graph cannot hold the copy: bounds that it uses are made before the capture, by this function or by an
+        operation, and the segments kept as long as it is replayed. Raises RuntimeError where there are none.
+        """
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            made = [bounds for (place, _), bounds in self._on_device.items() if place == device]
+            if not made:
+                raise RuntimeError(
+                    f"Segments: the bounds are not on {device}, and a graph is being captured, which cannot hold their"
+                    " copy; call bounds_on(device) before the capture"
+                )
+            return made[0]
+        # The copy is ordered with the work of one stream, and its memory goes back to that one.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if (device, stream) not in self._on_device:
+            self._on_device[device, stream] = _copied(self.bounds, device)
+        return self._on_device[device, stream]
 
     def ranges(self) -> list[slice]:
         """The tokens of each group."""
         return [slice(low, high) for low, high in pairwise(self.bounds)]
+
+
+def _copied(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    made = torch.tensor(bounds, dtype=torch.int32)
+    # From pageable memory the copy would wait for all that the stream has still to do.
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
 
 def companion(parameter: Tensor, groups: int) -> Tensor:
