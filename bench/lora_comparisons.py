@@ -91,7 +91,7 @@ class Plan:
                     self.blocks,
                     self.dtype.itemsize,
                 )
-                seconds = lora_model.forward(machine, shape).best
+                seconds = lora_model.forward(machine, shape).taken(machine, shape)
                 return 1e6 * (seconds + lora_model.backward(machine, shape).own * self.backward)
         return None
 
