@@ -53,6 +53,8 @@ class Comparison:
     """Measured matrix-product rates, FLOP/s."""
     left_out: list[str]
     """Sides whose packages are not installed."""
+    implementations: dict[str, str] = field(default_factory=dict)
+    """What served sides that several implementations could have served."""
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -68,6 +70,7 @@ def summarise(
     limit_of: Mapping[str, tuple[str, float]] | None = None,
     goals: Sequence[Goal] = (),
     left_out: Sequence[str] = (),
+    implementations: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Medians, ratios and goals of finished rounds.
 
@@ -96,7 +99,7 @@ def summarise(
                 Outcome(goal, ratio, None if goal.at_least is None else ratio.median >= goal.at_least)
             )
     rates = {limit: alternation.rate(limit) for limit in limits}
-    return Comparison(name, baseline, cases, outcomes, rates, list(left_out))
+    return Comparison(name, baseline, cases, outcomes, rates, list(left_out), dict(implementations or {}))
 
 
 def to_text(comparison: Comparison) -> str:
@@ -124,6 +127,8 @@ def to_text(comparison: Comparison) -> str:
             text.append(f"goal {verdict}: {said}, wanted at least {goal.at_least}")
     for name, rate in comparison.limits.items():
         text.append(f"{name}: {_spread(Spread(*_scaled(rate)), '.2f')} TFLOP/s")
+    for name, implementation in comparison.implementations.items():
+        text.append(f"{name} is served by {implementation}")
     if comparison.left_out:
         text.append(f"left out: {', '.join(comparison.left_out)}")
     return "\n".join(text)

@@ -11,7 +11,7 @@ them; the compile report. For LoRA: its tests; every kernel over the design's si
 comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For graphs:
 captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). Every
 part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
-no GPU; 1: a part failed or ran out of time.
+no GPU; 3: the extension has no LoRA kernels for it; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from bench import lora_check
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 580
@@ -42,6 +44,8 @@ class Part:
     name: str
     command: list[str]
     seconds: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beside that of this process."""
 
 
 SETS = ("kernels", "lora", "graphs")
@@ -56,14 +60,16 @@ def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
     record = ["--results", str(output), f"--benchmark-json={output / f'rounds-{chosen}.json'}"]
     if chosen == "lora":
         tests = ["tests/kernels/test_lora_cuda.py", "tests/installation/test_cuda_lora.py"]
-        check = [sys.executable, "-m", "bench.lora_check"]
+        check = [sys.executable, "-m", "bench.lora_check", "--seconds"]
         sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+        # PyTorch hands out parts of larger pieces of memory: what lies beside a tensor would look like a tensor's.
+        apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
             Part("lora-tests", [*pytest, *tests, "--durations=5", *spread], 100),
-            Part("lora-check", check, 120),
+            Part("lora-check", [*check, "105"], 120),
             Part("lora", [*pytest, "bench/test_lora.py", "--device", "cuda", *record], 190),
-            Part("lora-memcheck", [*sanitizer, "memcheck", *check, "--quick"], 80),
-            Part("lora-racecheck", [*sanitizer, "racecheck", *check, "--quick"], 80),
+            Part("lora-memcheck", [*sanitizer, "memcheck", *check, "60", "--quick"], 80, apart),
+            Part("lora-racecheck", [*sanitizer, "racecheck", *check, "60", "--quick"], 80),
         ]
     if chosen == "graphs":
         return [
@@ -86,7 +92,12 @@ def run(part: Part, output: Path, seconds: float) -> str:
         # A group of its own, so that a limit ends the processes that it started too.
         try:
             process = subprocess.Popen(
-                part.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+                part.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **part.environment},
+                start_new_session=True,
             )
         except OSError as error:
             return f"{part.command[0]} cannot be run: {error.strerror}"
@@ -111,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no GPU here that PyTorch can use: nothing was run", file=sys.stderr)
         return 2
+    missing = lora_check.problem(torch.device("cuda")) if options.set == "lora" else None
+    if missing is not None:
+        print(f"{missing}: nothing was run", file=sys.stderr)
+        return 3
     options.output.mkdir(parents=True, exist_ok=True)
     output = options.output.resolve()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from bench.comparison import Comparison, Goal, summarise
 from bench.kernel_timing import Stopwatch, timed_side
 from bench.measure import Alternation, Side
 from mtbert import kernels
-from mtbert.kernels import Dropout
+from mtbert.kernels import Dropout, dispatch, extension
 from mtbert.kernels.lora_cuda import RANKS
 
 OWN, OWN_WIDE = "mtbert", "mtbert, float32 adapters"
@@ -29,6 +30,7 @@ _MACHINES = {machine.name: machine for machine in lora_model.MACHINES}
 class Plan:
     """One comparison: x [tokens, inputs] through a frozen weight [outputs, inputs] with an adapter."""
 
+    operation: ClassVar[str] = "lora_linear"
     blocks: ClassVar[int] = 1
     """Of outputs in the weight, each with an adapter."""
 
@@ -80,19 +82,62 @@ class Plan:
             return None
         for name, machine in _MACHINES.items():
             if name in torch.cuda.get_device_name(self.device):
-                rank = next(padded for padded in RANKS if padded >= self.rank)
                 shape = lora_model.Shape(
                     self.tokens,
                     self.inputs,
                     self.blocks * self.outputs,
-                    rank,
+                    self._padded_rank(),
                     self.p > 0,
                     self.blocks,
                     self.dtype.itemsize,
                 )
-                seconds = lora_model.forward(machine, shape).best
+                seconds = lora_model.forward(machine, shape).taken(machine, shape)
                 return 1e6 * (seconds + lora_model.backward(machine, shape).own * self.backward)
         return None
+
+    def implementation(self) -> str:
+        """What serves mtbert's sides. Raises ConfigError where they would not be what is to be measured."""
+        with measured_kernels(self.device):
+            capability = extension.capability(self.device)
+            name, _ = dispatch.select(
+                self.operation,
+                device=self.device.type,
+                dtype=self.dtype,
+                capability=capability,
+                rank=self.rank,
+                inputs=self.inputs,
+                outputs=self.blocks * self.outputs,
+                frozen=True,
+            )
+        if name != "cuda" or capability is None:
+            return name
+        functions = extension.part("cuda")
+        assert functions is not None
+        planned = functions.lora_plan(
+            architecture=10 * capability[0] + capability[1],
+            rows=self.tokens,
+            inputs=self.inputs,
+            outputs=self.blocks * self.outputs,
+            blocks=self.blocks,
+            rank=self._padded_rank(),
+            dtype=extension.DTYPE_NAMES[self.dtype],
+            threshold=Dropout(self.p, 0, 0, 0).threshold if self.p else 0,
+        )
+        return f"{name}, {planned['forward']} forward and {planned['input']} for the input's gradient"
+
+    def _padded_rank(self) -> int:
+        return next(padded for padded in RANKS if padded >= self.rank)
+
+
+@contextmanager
+def measured_kernels(device: torch.device) -> Iterator[None]:
+    """Within a `with` block, the kernels that mtbert's sides measure.
+
+    On a GPU the extension's, asked for by name: `auto` may still prefer PyTorch's composition. Elsewhere the backend in
+    force, which only shows that the harness runs.
+    """
+    with dispatch.use_backend("cuda" if device.type == "cuda" else dispatch.backend()):
+        yield
 
 
 class Inputs:
@@ -154,13 +199,14 @@ class Inputs:
 
 
 def own(t: Inputs, dtype: torch.dtype | None = None) -> Callable[[], object]:
-    """The public operation, by whatever dispatch gives it; adapters in `dtype`, else in that of x."""
+    """The public operation by the kernels that are measured; adapters in `dtype`, else in that of x."""
     x, ((a, b),) = t.leaf(t.x), t.adapter_leaves(dtype)
 
     def forward() -> Tensor:
-        return kernels.lora_linear(
-            x, t.weight, t.bias, a, b, scale=SCALE, dropout_row=t.rows, dropout=t.dropout
-        )
+        with measured_kernels(t.plan.device):
+            return kernels.lora_linear(
+                x, t.weight, t.bias, a, b, scale=SCALE, dropout_row=t.rows, dropout=t.dropout
+            )
 
     return t.passes(forward, [x, a, b])
 
@@ -237,8 +283,9 @@ def compare(
 
     A peer that cannot be built is left out and named, one of mtbert's or the bare product is an error.
 
-    Of mtbert's side the model's prediction is recorded beside the microseconds.
+    Of mtbert's side the model's prediction is recorded beside the microseconds, and what served it.
     """
+    implementation = plan.implementation()
     inputs = Inputs(plan)
     sides: list[Side] = []
     left_out: list[str] = []
@@ -256,4 +303,11 @@ def compare(
         sides[0].figures["predicted_microseconds"] = predicted
     alternation = Alternation(sides, clock=stopwatch)
     measure(alternation)
-    return summarise(plan.name, alternation, baseline=BARE, goals=plan.goals(), left_out=left_out)
+    return summarise(
+        plan.name,
+        alternation,
+        baseline=BARE,
+        goals=plan.goals(),
+        left_out=left_out,
+        implementations={side.name: implementation for side in sides if side.name in (OWN, OWN_WIDE)},
+    )

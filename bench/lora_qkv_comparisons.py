@@ -22,6 +22,7 @@ from bench.lora_comparisons import (
     Inputs,
     Plan,
     bare,
+    measured_kernels,
     peft_layers,
 )
 from mtbert import kernels
@@ -34,6 +35,7 @@ PARTS = 3
 class QkvPlan(Plan):
     """One comparison: x [tokens, inputs] through a frozen weight [3 outputs, inputs], an adapter for each third."""
 
+    operation: ClassVar[str] = "lora_qkv"
     blocks: ClassVar[int] = PARTS
 
     @property
@@ -51,9 +53,10 @@ def fused(t: Inputs, dtype: torch.dtype | None = None) -> Callable[[], object]:
     x, pairs = t.leaf(t.x), t.adapter_leaves(dtype)
 
     def forward() -> Tensor:
-        return kernels.lora_qkv(
-            x, t.weight, t.bias, tuple(pairs), scale=SCALE, dropout_row=t.rows, dropout=t.dropout
-        )
+        with measured_kernels(t.plan.device):
+            return kernels.lora_qkv(
+                x, t.weight, t.bias, tuple(pairs), scale=SCALE, dropout_row=t.rows, dropout=t.dropout
+            )
 
     return t.passes(forward, [x, *(p for pair in pairs for p in pair)])
 
@@ -64,10 +67,11 @@ def three(t: Inputs) -> Callable[[], object]:
     parts = list(zip(t.weight.chunk(PARTS), t.bias.chunk(PARTS), pairs, strict=True))
 
     def forward() -> list[Tensor]:
-        return [
-            kernels.lora_linear(x, w, c, *pair, scale=SCALE, dropout_row=t.rows, dropout=t.dropout)
-            for w, c, pair in parts
-        ]
+        with measured_kernels(t.plan.device):
+            return [
+                kernels.lora_linear(x, w, c, *pair, scale=SCALE, dropout_row=t.rows, dropout=t.dropout)
+                for w, c, pair in parts
+            ]
 
     return t.passes(forward, [x, *(p for pair in pairs for p in pair)])
 

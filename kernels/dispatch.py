@@ -185,7 +185,8 @@ _TF32 = Condition(
     lambda facts: facts["dtype"] != torch.float32 or extension.tf32_is_allowed(),
     "float32 is multiplied as TF32, which torch.backends.cuda.matmul.fp32_precision = 'tf32' must allow",
 )
-_LORA_RANK = Condition(lambda facts: 1 <= facts.get("rank", 8) <= 64, "the rank must be 1 to 64")
+_ADAPTED = Condition(lambda facts: facts.get("rank", 8) > 0, "there must be an adapter, of rank 1 or more")
+_LORA_RANK = Condition(lambda facts: facts.get("rank", 8) <= 64, "the rank must be 1 to 64")
 _LORA_SIZES = Condition(
     lambda facts: all(
         size > 0 and size % 8 == 0 for size in (facts.get("inputs", 768), facts.get("outputs", 768))
@@ -195,11 +196,12 @@ _LORA_SIZES = Condition(
 _FROZEN = Condition(lambda facts: facts.get("frozen", True), "weight and bias must be frozen")
 
 
-# It stands behind PyTorch's products in the table: `auto` takes it when a GPU has shown that it is right and faster.
+# It stands behind PyTorch's products in the table, so `auto` never takes it. Whoever has shown on a GPU that it is
+# right and faster moves this row before theirs, by hand.
 def _lora_cuda(operation: str) -> Row:
     floats = _dtype(torch.float32, torch.bfloat16, torch.float16)
     built = _built("cuda", "lora_forward")
-    conditions = (_CUDA_DEVICE, floats, built, _CUDA_CODE, _TF32, _LORA_RANK, _LORA_SIZES, _FROZEN)
+    conditions = (_CUDA_DEVICE, floats, built, _CUDA_CODE, _TF32, _ADAPTED, _LORA_RANK, _LORA_SIZES, _FROZEN)
     return Row(operation, "cuda", ("cuda",), conditions, "CUDA C++, the adapter within the product")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import extension
 from .grouped import deliver
@@ -44,6 +45,8 @@ def lora(
     """
     weight, bias, *adapters = parameters
     assert weight is not None
+    if not torch.compiler.is_compiling() and any(_has_tangent(t) for t in (x, *parameters) if t is not None):
+        raise NotImplementedError("lora_linear and lora_qkv have no derivative in forward mode (jvp)")
     blocks = len(adapters) // 2
     a, b = _packed(adapters, weight.shape[0] // blocks, x)
     rest = [None] * (2 * (_BLOCKS - blocks))
@@ -51,6 +54,11 @@ def lora(
     frozen = (weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype))
     mask, step = mask_arguments(dropout)
     return _lora(x, *frozen, a, b, *takers, bounds, groups, scale, dropout_row, mask, step)[0]
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation follows the tensor: torch would let it end in the operator, as a zero."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def padded_rank(adapters: Sequence[Tensor | None]) -> int:
@@ -311,6 +319,13 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ..
 
 
 _lora.register_autograd(_gradients, setup_context=_save)
+
+
+def _gradients_of_gradients(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("lora_linear and lora_qkv can be differentiated once: their gradients have none")
+
+
+_lora_backward.register_autograd(_gradients_of_gradients)
 
 
 # ---- arguments of the extension ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -189,14 +190,15 @@ class _Lora(torch.autograd.Function):
         adapters = rest[: 2 * blocks]
         if cast is None:
             cast = weight.to(x.dtype)
-        out = F.linear(x, cast, None if bias is None else bias.to(x.dtype))
         present = [a for a in adapters[::2] if a is not None]
         stacked_a = stacked_b = s = None
-        if present:
-            stacked_a = torch.cat(present).to(x.dtype)
-            stacked_b = _block_diagonal(adapters, weight.shape[0] // blocks, scale, x)
-            s = _dropped(x, dropout_row, dropout) @ stacked_a.t()
-            out.addmm_(s, stacked_b.t())
+        with _in_dtype_of(x):
+            out = F.linear(x, cast, None if bias is None else bias.to(x.dtype))
+            if present:
+                stacked_a = torch.cat(present).to(x.dtype)
+                stacked_b = _block_diagonal(adapters, weight.shape[0] // blocks, scale, x)
+                s = _dropped(x, dropout_row, dropout) @ stacked_a.t()
+                out.addmm_(s, stacked_b.t())
         ctx.constants = (scale, dropout, blocks, groups)
         ctx.ranks = [0 if a is None else a.shape[0] for a in adapters[::2]]
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, *adapters)]
@@ -223,6 +225,11 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with _in_dtype_of(grad):
+            return _Lora.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, dropout_row, stacked_a, stacked_b, s = ctx.saved_tensors
         scale, dropout, blocks, groups = ctx.constants
         needs = _Lora.needs(ctx)
@@ -253,6 +260,12 @@ class _Lora(torch.autograd.Function):
         flags = ctx.needs_input_grad[_TAKERS:]
         gradients = deliver(sums, flags[: len(needs)], flags[len(needs) :])
         return (dx, *(None for _ in range(_TAKERS - 1)), *gradients)
+
+
+def _in_dtype_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Within a `with` block, products are in the dtype of their operands, also under autocast, as the kernels' are."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _dropped(x: Tensor, dropout_row: Tensor | None, dropout: Dropout | None) -> Tensor:

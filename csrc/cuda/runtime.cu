@@ -2,7 +2,28 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 namespace mtbert::cuda {
+namespace {
+
+// While it lives, this thread may do what a capture forbids, such as to load code, and no capture takes note of it.
+class RelaxedCapture {
+   public:
+    explicit RelaxedCapture(const char* operation) {
+        check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode", operation);
+    }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+   private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
 
 void check(int status, const char* call, const char* operation) {
     if (status == cudaSuccess) {
@@ -56,6 +77,25 @@ int compute_capability(int device, const char* operation) {
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", operation);
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute", operation);
     return 10 * major + minor;
+}
+
+void load_kernel(const void* kernel, int shared_bytes, int device, const char* operation) {
+    // What every kernel may have without being allowed more.
+    constexpr int kOrdinarySharedBytes = 48 * 1024;
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> loaded;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (loaded.count({kernel, device}) != 0) {
+        return;
+    }
+    const RelaxedCapture relaxed(operation);
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", operation);
+    if (shared_bytes > kOrdinarySharedBytes) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+              "cudaFuncSetAttribute", operation);
+    }
+    loaded.insert({kernel, device});
 }
 
 void zero(std::uintptr_t pointer, std::size_t bytes, std::uintptr_t stream, const char* operation) {

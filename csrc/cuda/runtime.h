@@ -41,6 +41,11 @@ void check_pointer(std::uintptr_t pointer, std::size_t alignment, int device, co
 // 10 * major + minor of a device's compute capability.
 int compute_capability(int device, const char* operation);
 
+// Before a kernel's first launch on a device: loads its code, which CUDA otherwise does at that launch, and allows it its
+// dynamic shared memory; later calls do nothing. Also while a graph is captured, of which this is no part. Needs the
+// device to be current.
+void load_kernel(const void* kernel, int shared_bytes, int device, const char* operation);
+
 // Enqueues zeros. Needs the stream's device to be current.
 void zero(std::uintptr_t pointer, std::size_t bytes, std::uintptr_t stream, const char* operation);
 

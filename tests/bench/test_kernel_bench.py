@@ -281,6 +281,7 @@ def test_the_script_for_a_gpu_goes_on_after_a_failure(
         return [
             gpu.Part("good", [*python, "print('fine')"], 60),
             gpu.Part("bad", [*python, "raise SystemExit(3)"], 60),
+            gpu.Part("told", [*python, "import os; print(os.environ['SAID'])"], 60, {"SAID": "of the part"}),
             gpu.Part("slow", [*python, "import time; time.sleep(60)"], 1),
             gpu.Part("absent", ["no-such-tool"], 60),
         ]
@@ -293,6 +294,7 @@ def test_the_script_for_a_gpu_goes_on_after_a_failure(
     assert "good: ok" in said
     assert "fine" in said
     assert "bad: exit code 3" in said
+    assert "of the part" in said
     assert "slow: stopped after 1 s" in said
     assert "absent: no-such-tool cannot be run: No such file" in said
     assert gpu.main(["--output", str(tmp_path), "--only", "good"]) == 0
@@ -311,6 +313,8 @@ def test_the_parts_of_the_script_are_there(chosen: str, names: list[str], tmp_pa
     assert [part.name for part in parts] == names
     assert sum(part.seconds for part in parts if part.name != "tests") < gpu.SECONDS < 600
     for part in parts:
+        # Memcheck can see what lies beside a tensor only where every tensor has memory of its own.
+        assert ("PYTORCH_NO_CUDA_MEMORY_CACHING" in part.environment) == ("memcheck" in part.command)
         for word in part.command[2:]:
             if word.startswith(("tests/", "bench/")):
                 assert (root / word).exists()

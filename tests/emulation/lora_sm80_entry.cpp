@@ -1,7 +1,11 @@
 // Entry points for test_lora_sm80.py: the sm_80 kernels of the LoRA products, launched as csrc/cuda/lora/sm80.cu
 // launches them, on the emulated machine. Buffers are exactly as large as the arguments say, and matrix loads free
 // of bank conflicts. Compiled with MTBERT_BFLOAT16_ONLY it holds the kernels of that type alone, which is enough
-// to plant faults in.
+// to plant faults in; with MTBERT_EVERY_VARIANT all that a GPU gets.
+#include <dlfcn.h>
+
+#include <cstring>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -18,9 +22,15 @@ namespace {
 using namespace mtbert;
 using cuda::DType;
 
-// Fewer variants than a GPU gets, and wide tiles and long runs of rows for less.
+// The names of the kernels that were launched, as a compiler for the GPU mangles them too.
+std::set<std::string> launched;
+
+#ifdef MTBERT_EVERY_VARIANT
 template <typename T>
-struct Sizes {
+using Made = cuda::sm80::Variants<T>;
+#else
+template <typename T>
+struct Made : cuda::sm80::Cuts {
     template <int... kValues>
     using Choices = cuda::sm80::Choices<kValues...>;
     static constexpr bool kBF16 = std::is_same_v<T, machine::BF16>;
@@ -29,6 +39,12 @@ struct Sizes {
                                      std::conditional_t<cuda::sm80::kIsFloat<T>, Choices<16, 64>, Choices<32>>>;
     using Rank = Small;
     using Low = std::conditional_t<kBF16, Choices<16, 64, 192>, Choices<64>>;
+};
+#endif
+
+// Wide tiles and long runs of rows for less than on a GPU.
+template <typename T>
+struct Sizes : Made<T> {
     static constexpr cuda::LoraCard kCard{4, 200};
     static constexpr std::int64_t kLowBlocks = 2, kGradABlocks = 4;
 };
@@ -85,6 +101,10 @@ class Machine {
             if (plan.blocks == 0) {
                 return;
             }
+            Dl_info symbol{};
+            if (dladdr(reinterpret_cast<const void*>(kernel), &symbol) != 0 && symbol.dli_sname != nullptr) {
+                launched.insert(symbol.dli_sname);
+            }
             emulator.launch(machine::Grid{static_cast<int>(plan.blocks), 1, 1}, plan.threads, plan.shared_bytes,
                             [&] { kernel(parameter); });
         };
@@ -126,6 +146,21 @@ void dispatch(const Call& call, const Body& body) {
 extern "C" const char* plant(std::int64_t fault) {
     planted_fault = static_cast<int>(fault);
     return nullptr;
+}
+
+// The kernels that were launched since the last question, a line each, and a zero byte.
+extern "C" const char* take_launched(char* text, std::int64_t bytes) {
+    return machine::guarded([&] {
+        std::string names;
+        for (const std::string& name : launched) {
+            names += name + "\n";
+        }
+        if (static_cast<std::int64_t>(names.size()) >= bytes) {
+            throw std::runtime_error("too many names");
+        }
+        std::memcpy(text, names.c_str(), names.size() + 1);
+        launched.clear();
+    });
 }
 
 // mode: 0 fused, 1 s is given, 2 s alone.

@@ -207,13 +207,7 @@ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::
 
 inline int thread_index() { return host::place.thread; }
 inline int lane_index() { return host::place.thread % kWarpLanes; }
-inline int block_threads() { return host::place.threads; }
 inline int block_index_x() { return host::place.block.x; }
-inline int block_index_y() { return host::place.block.y; }
-inline int block_index_z() { return host::place.block.z; }
-inline int grid_size_x() { return host::place.grid.x; }
-inline int grid_size_y() { return host::place.grid.y; }
-inline int grid_size_z() { return host::place.grid.z; }
 
 inline void block_barrier() {
     host::Operation operation;

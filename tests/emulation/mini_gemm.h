@@ -37,7 +37,7 @@ template <typename T>
 MTBERT_DEVICE void load_stage(Shared stage, const T* a, const T* b, int m, int n, int depth, std::int64_t a_stride,
                               std::int64_t b_stride, int step) {
     load_rows(stage, a, kTileM, block_index_x() * kTileM, m, step * kTileK, depth, a_stride);
-    load_rows(stage + kTileM * kRowBytes, b, kTileN, block_index_y() * kTileN, n, step * kTileK, depth, b_stride);
+    load_rows(stage + kTileM * kRowBytes, b, kTileN, host::place.block.y * kTileN, n, step * kTileK, depth, b_stride);
 }
 
 template <typename T>
@@ -76,7 +76,7 @@ MTBERT_KERNEL(kThreads, 1) void product(const T* a, const T* b, float* c, int m,
     for (int tile = 0; tile < kTileN / 8; ++tile) {
         for (int i = 0; i < 4; ++i) {
             const int row = block_index_x() * kTileM + warp * 16 + lane / 4 + 8 * (i / 2);
-            const int column = block_index_y() * kTileN + tile * 8 + 2 * (lane % 4) + i % 2;
+            const int column = host::place.block.y * kTileN + tile * 8 + 2 * (lane % 4) + i % 2;
             if (row < m && column < n) {
                 store_global(c + static_cast<std::int64_t>(row) * n + column, sums[tile][i]);
             }

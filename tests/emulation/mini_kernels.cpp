@@ -108,7 +108,7 @@ void run_product(Emulator& emulator, const void* a, const void* b, void* d, bool
 // ---- Faults: each case runs a right kernel, or the same with one thing wrong. ----
 
 // The thread at the other end of the block, which is in another warp.
-int opposite() { return block_threads() - 1 - thread_index(); }
+int opposite() { return host::place.threads - 1 - thread_index(); }
 
 Shared slot(int index) { return shared_start() + 4 * index; }
 
@@ -276,7 +276,7 @@ constexpr int kNumbers[64] = {};
 void global_out_of_bounds(Emulator& emulator, bool faulty) {
     const int* const x = emulator.read<int>("numbers", kNumbers, 64, 4);
     emulator.launch(Grid{1, 1, 2}, 32, 0, [&] {
-        load_global<int>(x + 32 * block_index_z() + thread_index() + (faulty ? 1 : 0));
+        load_global<int>(x + 32 * host::place.block.z + thread_index() + (faulty ? 1 : 0));
     });
 }
 
@@ -603,16 +603,16 @@ extern "C" const char* places(std::int64_t order, std::int32_t* numbers, std::in
         emulator.launch(Grid{static_cast<int>(x), static_cast<int>(y), static_cast<int>(z)}, 64, 0, [&] {
             const int lane = lane_index();
             const int block =
-                (block_index_z() * grid_size_y() + block_index_y()) * grid_size_x() + block_index_x();
-            std::int32_t* const mine = output + (block * block_threads() + thread_index()) * 10;
+                (host::place.block.z * host::place.grid.y + host::place.block.y) * host::place.grid.x + block_index_x();
+            std::int32_t* const mine = output + (block * host::place.threads + thread_index()) * 10;
             const auto value = static_cast<std::uint32_t>(100 * warp_index() + lane);
             const std::uint32_t known[10] = {static_cast<std::uint32_t>(thread_index()),
                                              static_cast<std::uint32_t>(lane),
                                              static_cast<std::uint32_t>(warp_index()),
                                              static_cast<std::uint32_t>(block_index_x()),
-                                             static_cast<std::uint32_t>(block_index_y()),
-                                             static_cast<std::uint32_t>(block_index_z()),
-                                             static_cast<std::uint32_t>(grid_size_z()),
+                                             static_cast<std::uint32_t>(host::place.block.y),
+                                             static_cast<std::uint32_t>(host::place.block.z),
+                                             static_cast<std::uint32_t>(host::place.grid.z),
                                              shuffle(value, 5),
                                              shuffle(value, (lane + 1) % 32),
                                              shuffle_xor(value, 3)};

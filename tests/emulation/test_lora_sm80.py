@@ -16,6 +16,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.emulation import EmulationError, Library, Replacement, load
+from support.lora_variants import EVERY_KERNEL, name_of
 from torch import Tensor
 
 from mtbert.kernels import Dropout
@@ -383,6 +384,37 @@ def test_grad_a(library: Library, case: Case) -> None:
     check(reference_grad_a(data, grad_a), case.dtype)
     for group, rows in enumerate(case.ranges):
         assert rows.start < rows.stop or not bool(grad_a[group].any())
+
+
+# Both kinds of tile, all ranks and sums of the blocks' ranks, with and without dropout.
+EVERY = [
+    Case(dtype, 20, 24, 24, rank, blocks=blocks, threshold=threshold, bounds=(0, 9, 20))
+    for dtype in CODES
+    for rank in (8, 16, 32, 64)
+    for blocks, threshold in ((1, TENTH), (3, 0))
+] + [
+    Case(dtype, 140, 136, 136, rank, threshold=threshold)
+    for dtype in (BRAIN, HALF)
+    for rank in (8, 16)
+    for threshold in (0, TENTH)
+]
+
+
+def test_every_kernel_that_is_compiled_runs() -> None:
+    # Not optimised: so many variants take longer to compile than to run once.
+    library = load(ENTRY, flags=["-DMTBERT_EVERY_VARIANT", "-O0"])
+    for case in EVERY:
+        run_forward(library, case)
+        data = make(case)
+        check(reference_s(data, forward(library, data, THIN)[1]), case.dtype)
+        given, _ = forward(library, data, GIVEN)
+        check(reference_y(data, given, data.s, data.s.double()), case.dtype)
+        for run in (run_input, run_low, run_grad_a):
+            run(library, case)
+    text = torch.zeros(1 << 20, dtype=torch.uint8)
+    library.call("take_launched", text, text.numel())
+    names = bytes(text).partition(b"\0")[0].decode().splitlines()
+    assert {name_of(name) for name in names} == {name for name in EVERY_KERNEL if name.startswith("sm80")}
 
 
 # ---- what is dropped stays out; equal inputs give equal bits ----

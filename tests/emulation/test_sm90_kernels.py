@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from support.emulation import EmulationError, Replacement
+from support.lora_variants import EVERY_KERNEL
 from support.sm90 import Case, Problem, close, load_emulation
 
 HEADERS = "csrc/cuda/lora"
@@ -65,6 +66,13 @@ VARIANTS = [
         (64, torch.bfloat16, 128, 0.0),
     ]
 ]
+# Every kernel that is compiled, with and without dropout.
+EVERY = [
+    BASE.but(rows=20, inputs=24, outputs=72, rank=rank, dtype=dtype, columns=columns, p=p)
+    for rank, dtype, columns, p in product(
+        (16, 32, 64), (torch.bfloat16, torch.float16), (128, 192, 256), (0.0, 0.1)
+    )
+]
 BLOCKS = [
     BASE.but(blocks=3, outputs=3 * 72, p=0.1, rank=rank, cluster=cluster, rows=200, columns=columns)
     for rank, cluster, columns in [(8, 1, 128), (16, 2, 192), (64, 2, 128)]
@@ -76,6 +84,16 @@ BLOCKS = [
 def test_forward_and_input(library: ctypes.CDLL, case: Case, late: bool) -> None:
     run_forward(library, case.but(late=late))
     run_input(library, case.but(late=late))
+
+
+def test_every_kernel_that_is_compiled_runs(library: ctypes.CDLL) -> None:
+    for case in EVERY:
+        run_forward(library, case)
+        run_input(library, case)
+    names = {torch.bfloat16: "BF16", torch.float16: "FP16"}
+    forward = {f"sm90 forward_kernel {names[case.dtype]} {case.columns} {case.rank}" for case in EVERY}
+    inputs = {f"sm90 input_kernel {names[case.dtype]} {case.columns}" for case in EVERY}
+    assert forward | inputs == {name for name in EVERY_KERNEL if name.startswith("sm90")}
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -364,6 +382,14 @@ FAULTS = [
         "sm90_common.h",
         "    machine::warp_barrier();\n    machine::cluster_barrier();\n}\n\n// Hands",
         "}\n\n// Hands",
+    ),
+    ("no_fence_of_the_barriers", "forward", "sm90_common.h", "        machine::barrier_init_fence();\n", ""),
+    (
+        "barriers_before_the_cluster_meets",
+        "forward",
+        "sm90_common.h",
+        "    machine::cluster_barrier();\n    return shared;",
+        "    return shared;",
     ),
     ("quad_not_transposed", "forward", "sm90_common.h", "    transpose_quad(word, lane);\n", ""),
     (

@@ -102,6 +102,12 @@ BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (ALL, {"dtype": "float64"}, "dtype is 'float64', expected float32, float16 or bfloat16"),
     (["lora_forward", "lora_low"], {"scale": float("nan")}, "scale is -?nan, expected a finite number"),
     (["lora_forward", "lora_low"], {"scale": float("inf")}, "scale is inf, expected a finite number"),
+    (
+        ["lora_forward", "lora_low"],
+        {"scale": 1e39},
+        "expected a finite number, with that of dropout in float32",
+    ),
+    (["lora_forward"], {"scale": 1e37, "threshold": 65535}, "expected a finite number, with that of dropout"),
     (MASKED, {"threshold": 65536}, "threshold is 65536, expected 0 to 65535"),
     (MASKED, {"site": -1}, "site is -1, expected 0 to 4294967295"),
     (MASKED, {"step": WORD}, "step is 4294967296, expected 0 to 4294967295"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.lora_variants import EVERY_KERNEL, name_of
 from support.sass import Kernel, disassemble, find_cuobjdump, resources
 
 import mtbert
@@ -105,6 +106,9 @@ def test_nothing_lives_in_local_memory(kernels: list[Kernel]) -> None:
 def test_resources_fit(extension: Path, cuobjdump: str) -> None:
     usage = resources(cuobjdump, extension, NAME)
     assert usage
+    families = {"sm80", "sm90"} if any("sm90" in name for name in usage) else {"sm80"}
+    # Those that other tests hold the emulation and the check on a GPU to.
+    assert {name_of(name) for name in usage} == {name for name in EVERY_KERNEL if name[:4] in families}
     for name, used in usage.items():
         assert used["STACK"] == used["LOCAL"] == 0, name
         # Static; what is asked for at a launch comes on top of it and is checked where it is planned.

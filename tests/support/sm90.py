@@ -52,7 +52,6 @@ def load_emulation(replacements: Sequence[Replacement] = (), *, few: bool = Fals
         "layout_columns_step",
     ):
         getattr(library, name).restype = ctypes.c_uint64
-    library.layout_swizzle.restype = ctypes.c_uint32
     return library
 
 

@@ -30,6 +30,13 @@ const char* dtype_name(DType dtype) {
     return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
 }
 
+// What the kernels multiply by. A threshold out of its range is refused elsewhere.
+float kept_scale(const LoraShape& shape) {
+    const std::int64_t threshold = shape.mask.threshold;
+    const bool dropout = 0 < threshold && threshold < 65536;
+    return static_cast<float>(shape.scale * (dropout ? 65536.0 / static_cast<double>(65536 - threshold) : 1.0));
+}
+
 bool is_sm90(LoraKernel kernel) { return kernel == LoraKernel::kSM90 || kernel == LoraKernel::kSM90Split; }
 bool is_split(LoraKernel kernel) { return kernel == LoraKernel::kSM80Split || kernel == LoraKernel::kSM90Split; }
 
@@ -46,7 +53,8 @@ class Arguments {
                     std::to_string(shape.blocks));
         require(shape.rank == 8 || shape.rank == 16 || shape.rank == 32 || shape.rank == 64,
                 "rank is " + std::to_string(shape.rank) + ", expected 8, 16, 32 or 64");
-        require(std::isfinite(shape.scale), "scale is " + std::to_string(shape.scale) + ", expected a finite number");
+        require(std::isfinite(kept_scale(shape)), "scale is " + std::to_string(shape.scale) +
+                                                      ", expected a finite number, with that of dropout in float32 too");
     }
 
     void device() const { range(shape_.device, 0, std::numeric_limits<int>::max(), "device"); }

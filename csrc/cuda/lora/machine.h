@@ -140,13 +140,7 @@ MTBERT_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MTBERT_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
 // A warp-level operation, so that the compiler knows the value to be one for all lanes.
 MTBERT_DEVICE int warp_index() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpLanes, 0); }
-MTBERT_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 MTBERT_DEVICE int block_index_x() { return static_cast<int>(blockIdx.x); }
-MTBERT_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
-MTBERT_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
-MTBERT_DEVICE int grid_size_x() { return static_cast<int>(gridDim.x); }
-MTBERT_DEVICE int grid_size_y() { return static_cast<int>(gridDim.y); }
-MTBERT_DEVICE int grid_size_z() { return static_cast<int>(gridDim.z); }
 
 // ---- Barriers: all threads of the block that have not returned; all lanes of the warp. ----
 
@@ -342,10 +336,6 @@ MTBERT_DEVICE void multiply_add_1688_tf32(float (&d)[4], const std::uint32_t (&a
 
 // ---- Shuffles: all lanes of the warp. ----
 
-// The value of lane source_lane (0 to 31).
-MTBERT_DEVICE std::uint32_t shuffle(std::uint32_t value, int source_lane) {
-    return __shfl_sync(0xFFFFFFFFu, value, source_lane);
-}
 // The value of lane (this lane xor lane_mask).
 MTBERT_DEVICE std::uint32_t shuffle_xor(std::uint32_t value, int lane_mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, lane_mask);

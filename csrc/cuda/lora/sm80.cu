@@ -2,11 +2,8 @@
 #include <cuda_runtime.h>
 
 #include <limits>
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "cuda/lora/lora.h"
 #include "cuda/lora/sm80_launch.h"
@@ -15,24 +12,6 @@
 
 namespace mtbert::cuda::sm80 {
 namespace {
-
-// What every kernel may have without being allowed more.
-constexpr int kOrdinarySharedBytes = 48 * 1024;
-
-// The attribute belongs to the function in the device's context; setting it again does no harm, but takes time.
-void allow_shared(const void* kernel, int shared_bytes, int device, const char* operation) {
-    static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> allowed;
-    if (shared_bytes <= kOrdinarySharedBytes) {
-        return;
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (allowed.count({kernel, device}) == 0) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-              "cudaFuncSetAttribute", operation);
-        allowed.insert({kernel, device});
-    }
-}
 
 // Calls body with a value of the element type.
 template <typename Body>
@@ -58,7 +37,7 @@ void enqueue(const void* kernel, std::int64_t blocks, int threads, int shared_by
     if (blocks == 0) {
         return;
     }
-    allow_shared(kernel, shared_bytes, device, operation);
+    load_kernel(kernel, shared_bytes, device, operation);
     void* parameters[] = {parameter};
     // cudaLaunchKernel returns its own status: cudaGetLastError after <<<>>> could blame this launch for another's.
     const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));

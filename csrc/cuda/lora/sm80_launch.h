@@ -17,7 +17,7 @@ void input_of(const LoraInput& arguments);
 template <typename T>
 void grad_a_of(const LoraGradA& arguments);
 
-// Enqueues a kernel of one parameter; throws CudaError. Allows it the shared memory it needs, once a device.
+// Enqueues a kernel of one parameter; throws CudaError. Loads it before its first launch on a device.
 void enqueue(const void* kernel, std::int64_t blocks, int threads, int shared_bytes, void* parameter, int device,
              std::uintptr_t stream, const char* operation);
 

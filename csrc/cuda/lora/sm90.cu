@@ -3,7 +3,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -69,23 +68,10 @@ int multiprocessors(int device, const char* operation) {
     return count;
 }
 
-// Lets a kernel have its shared memory, once for each of the first 64 devices.
 template <typename Arguments>
-void prepare(void (*kernel)(Arguments), int shared_bytes, int device, std::atomic<std::uint64_t>& prepared,
-             const char* operation) {
-    const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
-    if ((prepared.load(std::memory_order_relaxed) & bit) != 0) {
-        return;
-    }
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               shared_bytes),
-          "cudaFuncSetAttribute", operation);
-    prepared.fetch_or(bit, std::memory_order_relaxed);
-}
-
-template <typename Arguments>
-void launch(void (*kernel)(Arguments), Arguments& arguments, int shared_bytes, std::uintptr_t stream,
+void launch(void (*kernel)(Arguments), Arguments& arguments, int shared_bytes, const LoraShape& shape,
             const char* operation) {
+    load_kernel(reinterpret_cast<const void*>(kernel), shared_bytes, shape.device, operation);
     const Schedule& schedule = arguments.schedule;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -96,7 +82,7 @@ void launch(void (*kernel)(Arguments), Arguments& arguments, int shared_bytes, s
     config.gridDim = dim3(static_cast<unsigned>(schedule.clusters() * schedule.cluster));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.stream = reinterpret_cast<cudaStream_t>(shape.stream);
     config.attrs = &attribute;
     config.numAttrs = 1;
     void* parameters[] = {&arguments};
@@ -106,10 +92,7 @@ void launch(void (*kernel)(Arguments), Arguments& arguments, int shared_bytes, s
 
 template <typename T, int kColumns, int kRank>
 void launch_forward(ForwardArguments& arguments, const LoraShape& shape) {
-    static std::atomic<std::uint64_t> prepared{0};
-    constexpr int kShared = StaticMemory<kColumns, kRank>::kTotal;
-    prepare(&forward_kernel<T, kColumns, kRank>, kShared, shape.device, prepared, kForward);
-    launch(&forward_kernel<T, kColumns, kRank>, arguments, kShared, shape.stream, kForward);
+    launch(&forward_kernel<T, kColumns, kRank>, arguments, StaticMemory<kColumns, kRank>::kTotal, shape, kForward);
 }
 
 template <typename T, int kColumns>
@@ -138,10 +121,7 @@ void forward_by_columns(ForwardArguments& arguments, const LoraShape& shape) {
 
 template <typename T, int kColumns>
 void launch_input(InputArguments& arguments, const LoraShape& shape) {
-    static std::atomic<std::uint64_t> prepared{0};
-    constexpr int kShared = StaticMemory<kColumns, 0>::kTotal;
-    prepare(&input_kernel<T, kColumns>, kShared, shape.device, prepared, kInput);
-    launch(&input_kernel<T, kColumns>, arguments, kShared, shape.stream, kInput);
+    launch(&input_kernel<T, kColumns>, arguments, StaticMemory<kColumns, 0>::kTotal, shape, kInput);
 }
 
 template <typename T>

@@ -47,10 +47,8 @@ constexpr int kAtomBytes = 8 * kRowBytes;  // the swizzle repeats after 8 rows; 
 constexpr int kStoreColumns = 64;          // of one TMA store: 128 bytes
 constexpr int kMostCluster = 2;
 
-// The 128-byte swizzle of TMA and wgmma: bits 4 to 6 of the address (the 16-byte chunk) xor bits 7 to 9 (the row).
-MTBERT_LAYOUT std::uint32_t swizzle(std::uint32_t address) { return address ^ (address >> 3 & 0x70u); }
-
-// The byte of a tile that starts on a multiple of kAtomBytes where 16-byte chunk `chunk` of row `row` lies.
+// The byte of a tile that starts on a multiple of kAtomBytes where 16-byte chunk `chunk` of row `row` lies: the 128-byte
+// swizzle of TMA and wgmma, bits 4 to 6 of the address (the chunk) xor bits 7 to 9 (the row).
 MTBERT_LAYOUT int tile_offset(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes); }
 
 // ---- Descriptors of wgmma's operands in shared memory, 128-byte swizzle: addresses and offsets in 16 bytes. ----
@@ -158,11 +156,8 @@ MTBERT_LAYOUT Memory plan_memory(int columns, int third_rows) {
     return memory;
 }
 
-// Forward: x [128, 64], W or B [columns, 64], A [rank, 64]. Input: dy or ds [128, 64], W or A [64, columns].
-MTBERT_LAYOUT Memory forward_memory(int columns, int rank) { return plan_memory(columns, rank); }
-MTBERT_LAYOUT Memory input_memory(int columns) { return plan_memory(columns, 0); }
-
-// The plan of a kernel, made by the compiler.
+// The plan of a kernel, made by the compiler. Forward: x [128, 64], W or B [columns, 64], A [rank, 64], which is the
+// third. Input: dy or ds [128, 64], W or A [64, columns].
 template <int kColumns, int kThirdRows>
 struct StaticMemory {
     static constexpr int kStages = plan_memory(kColumns, kThirdRows).stages;

@@ -172,7 +172,6 @@ const char* emulate_input(const LoraInput* call, const Way* way) {
 
 // ---- sm90_layout.h. ----
 
-std::uint32_t layout_swizzle(std::uint32_t address) { return swizzle(address); }
 int layout_tile_offset(int row, int chunk) { return tile_offset(row, chunk); }
 std::uint64_t layout_descriptor_rows(std::uint32_t address) { return descriptor_rows(address); }
 std::uint64_t layout_descriptor_columns(std::uint32_t address) { return descriptor_columns(address); }

@@ -196,6 +196,13 @@ void Emulator::cluster_barrier() {
     if (++cluster_arrived_ == static_cast<int>(fibres_.size())) {
         cluster_arrived_ = 0;
         ++cluster_generation_;
+        for (Block& block : blocks_) {
+            for (auto& barrier : block.barriers) {
+                if (barrier.second.seen == Seen::kFenced) {
+                    barrier.second.seen = Seen::kByAll;
+                }
+            }
+        }
     } else {
         block_until([this, generation] { return cluster_generation_ != generation; });
     }
@@ -343,7 +350,26 @@ void Emulator::barrier_init(std::uint32_t address, int arrivals) {
     if (block.barriers.count(address) != 0) {
         fail("an mbarrier is initialised twice");
     }
-    block.barriers[address] = Barrier{arrivals, arrivals};
+    block.barriers[address] = Barrier{arrivals, arrivals, running_->place.thread};
+}
+
+void Emulator::barrier_init_fence() {
+    for (auto& barrier : mine().barriers) {
+        if (barrier.second.maker == running_->place.thread && barrier.second.seen == Seen::kByItsMaker) {
+            barrier.second.seen = Seen::kFenced;
+        }
+    }
+}
+
+Emulator::Barrier& Emulator::barrier_at(Block& block, std::uint32_t address, const char* what) {
+    const auto found = block.barriers.find(address);
+    if (found == block.barriers.end()) {
+        fail(std::string(what) + " where no mbarrier is");
+    }
+    if (found->second.seen != Seen::kByAll) {
+        fail(std::string(what) + " at an mbarrier that was not fenced, or not behind a barrier of the cluster since");
+    }
+    return found->second;
 }
 
 void Emulator::barrier_arrive(std::uint32_t address, int rank, std::int64_t expected_bytes) {
@@ -351,12 +377,7 @@ void Emulator::barrier_arrive(std::uint32_t address, int rank, std::int64_t expe
         fail("an arrival at a block that is not in the cluster");
     }
     check_alive(rank, "an arrival at");
-    auto& barriers = blocks_[static_cast<std::size_t>(rank)].barriers;
-    const auto found = barriers.find(address);
-    if (found == barriers.end()) {
-        fail("an arrival where no mbarrier is");
-    }
-    Barrier& barrier = found->second;
+    Barrier& barrier = barrier_at(blocks_[static_cast<std::size_t>(rank)], address, "an arrival");
     if (barrier.pending == 0) {
         fail("more arrivals at an mbarrier than it expects");
     }
@@ -369,12 +390,7 @@ void Emulator::barrier_arrive(std::uint32_t address, int rank, std::int64_t expe
 }
 
 void Emulator::barrier_wait(std::uint32_t address, std::uint32_t parity) {
-    Block& block = mine();
-    const auto found = block.barriers.find(address);
-    if (found == block.barriers.end()) {
-        fail("a wait where no mbarrier is");
-    }
-    const Barrier& barrier = found->second;
+    const Barrier& barrier = barrier_at(mine(), address, "a wait");
     block_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
 }
 
@@ -446,11 +462,7 @@ void Emulator::land(const Load& load) {
             std::fill_n(block.written.begin() + static_cast<std::ptrdiff_t>(offset), kPieceBytes, true);
         }
         mark(block.loading, load.target, map.bytes(), -1);
-        const auto found = block.barriers.find(load.barrier);
-        if (found == block.barriers.end()) {
-            fail("a load lands where no mbarrier is");
-        }
-        Barrier& barrier = found->second;
+        Barrier& barrier = barrier_at(block, load.barrier, "a load lands");
         barrier.bytes -= map.bytes();
         if (barrier.pending == 0 && barrier.bytes == 0) {
             barrier.pending = barrier.arrivals;

@@ -104,7 +104,7 @@ class Emulator {
     void cluster_barrier();
     std::uint32_t shared_start() const { return kSharedStart; }
     void barrier_init(std::uint32_t address, int arrivals);
-    void barrier_init_fence() {}
+    void barrier_init_fence();
     void barrier_arrive(std::uint32_t address, int rank, std::int64_t expected_bytes);
     void barrier_wait(std::uint32_t address, std::uint32_t parity);
     void tma_load(std::uint32_t target, const TensorMap& map, std::uint32_t barrier, int blocks, int c0, int c1,
@@ -127,11 +127,15 @@ class Emulator {
         Access access;
         std::vector<bool> written;
     };
+    // When others may use it: the thread that made it has fenced it, and the cluster has met since.
+    enum class Seen { kByItsMaker, kFenced, kByAll };
     struct Barrier {
         int arrivals;
         int pending;
+        int maker;
         std::int64_t bytes = 0;
         std::uint64_t phase = 0;
+        Seen seen = Seen::kByItsMaker;
     };
     struct Load {
         const TensorMap* map;
@@ -184,6 +188,7 @@ class Emulator {
         int free_registers = 0;
     };
 
+    Barrier& barrier_at(Block& block, std::uint32_t address, const char* what);
     void block_until(const std::function<bool()>& ready);
     void switch_to_scheduler();
     static void enter();
