@@ -29,7 +29,7 @@ class Segments:
     """int32 [tokens]: with it, the companion of the embedding's word table is `[K, slots in use, C]`, and row
     slots[t] of it belongs to the word of token t. A dense table would be almost all zeros."""
 
-    _on_device: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         bounds = self.bounds
@@ -67,7 +67,6 @@ class Segments:
     def ranges(self) -> list[slice]:
         """The tokens of each group."""
         return [slice(low, high) for low, high in pairwise(self.bounds)]
-
 
 
 def companion(parameter: Tensor, groups: int) -> Tensor:
