@@ -10,8 +10,8 @@ of the kernels, which run on the GPU where there is one; the comparisons of benc
 them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the
 comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For graphs:
 captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). Every
-part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no
-GPU; 1: a part failed or ran out of time.
+part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
+no GPU; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
