@@ -17,6 +17,7 @@ from mtbert.engine.build import (
     task_batches,
     tasks_of,
 )
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
@@ -48,11 +49,14 @@ class Parts:
     evaluator: Evaluator
 
 
-def assemble(config: TrainConfig) -> Parts:
-    """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it."""
+def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
+    """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it.
+
+    world: the processes that compute together; each builds its own.
+    """
     check_effect(config)
     check_profile(config)
-    machine = prepare_machine(config)
+    machine = prepare_machine(config, world)
     tasks = tasks_of(config)
     tables = load_tables(config.data, list(tasks.values()))
     model, tokeniser = load_model(config, machine)
@@ -73,7 +77,8 @@ def assemble(config: TrainConfig) -> Parts:
         max_tokens=config.max_tokens,
         seed=config.seed,
         trained_on={name: b.examples for name, b in batches.items()},
-        quality=sentence_quality(config, forward, tables, data, tokeniser),
+        quality=sentence_quality(config, machine, forward, tables, data, tokeniser),
+        world=world,
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mtbert.curriculum import Curriculum, build_curriculum
 from mtbert.data.batching import TaskBatches
 from mtbert.data.dataset import Form, TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.environment import environment
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
@@ -61,18 +64,30 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
+    """The processes that compute together."""
 
 
-def prepare_machine(config: TrainConfig) -> Machine:
+def prepare_machine(config: TrainConfig, world: World = ALONE) -> Machine:
     """Set threads and kernels, and choose device and compute type."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # torchrun sets it to 1 where nobody else did; the ranks of a machine share its cores.
+        torch.set_num_threads(max(1, _cores() // world.local_size))
     # `auto` leaves the choice to the environment variable MTBERT_KERNELS, and that to the table.
     set_backend(None if config.kernels == "auto" else config.kernels)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, world)
+    if device.type == "cuda" and world.size > 1:
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Machine(device, compute_dtype(config.precision, device))
+    return Machine(device, compute_dtype(config.precision, device), world)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_facts(machine: Machine) -> dict[str, Any]:
@@ -82,6 +97,7 @@ def run_facts(machine: Machine) -> dict[str, Any]:
     if missing:
         raise ConfigError("; ".join(missing))
     return environment(machine.device) | {
+        "ranks": machine.world.size,
         "precision": str(machine.dtype).removeprefix("torch."),
         "kernels": ", ".join(f"{row.operation} {row.implementation}" for row in served),
         "instruction_set": instruction_set(),
@@ -101,7 +117,7 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
         data=config.data if kept else absolute(config.data),
         output=None,
         precision=precision,
-        device=str(machine.device),
+        device=str(machine.device) if machine.world.size == 1 else machine.device.type,
         threads=torch.get_num_threads(),
         plugins=[absolute(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins],
         model=dataclasses.replace(
@@ -216,6 +232,32 @@ def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) 
     packed = PackedForward(model, machine.device, machine.dtype)
     return (
         FrozenForward(packed, max_tokens=config.max_tokens) if config.mode == "last-linear-layer" else packed
+    )
+
+
+def check_ranks(
+    world: World, config: TrainConfig, facts: Mapping[str, Any], model: nn.Module, data: Iterable[TaskData]
+) -> None:
+    """Raise ConfigError unless all ranks have the same settings, versions, weights and tables."""
+    if world.size == 1:
+        return
+    from mtbert.config import to_yaml  # joins all groups of fields, those of this package among them
+
+    weights, tables = hashlib.sha256(), hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for each in data:
+        tables.update(each.name.encode())
+        for array in (each.tokens, each.starts, each.lengths, each.labels):
+            tables.update(np.ascontiguousarray([] if array is None else array).tobytes())
+    versions = {name: facts[name] for name in ("git", "versions", "precision")}
+    world.check_same(
+        {
+            "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+            "the versions of code and libraries": json.dumps(versions),
+            "the weights to begin with": weights.hexdigest(),
+            "the tables": tables.hexdigest(),
+        }
     )
 
 

@@ -120,11 +120,17 @@ def build_train_step(
         pretrained_decay=PretrainedDecay(encoder, config.optim.pretrained_decay)
         if config.optim.pretrained_decay
         else None,
+        world=machine.world,
     )
 
 
 def sentence_quality(
-    config: TrainConfig, forward: Forward, tables: TaskTables, data: TaskSplits, tokeniser: Tokeniser
+    config: TrainConfig,
+    machine: Machine,
+    forward: Forward,
+    tables: TaskTables,
+    data: TaskSplits,
+    tokeniser: Tokeniser,
 ) -> SentenceQuality | None:
     """What measures alignment and uniformity at evaluations; None without an objective on embeddings.
 
@@ -145,4 +151,5 @@ def sentence_quality(
         max_length=settings.max_length,
         truncate=settings.truncate,
         max_tokens=config.max_tokens,
+        world=machine.world,
     )
