@@ -24,8 +24,8 @@ class InputConfig:
 
     ahead: Literal["auto"] | int = "auto"
     """Steps that a thread draws and packs ahead of the one that trains, which changes no result; 0: no thread, every
-    step waits for its input. auto: 2 on a GPU, which would stand still meanwhile; 0 on a CPU, where the thread takes
-    its time from the training."""
+    step waits for its input. auto: 2 on a GPU, which would stand still meanwhile; 0 on a CPU, where packing
+    is a few thousandths of a step."""
 
     def __post_init__(self) -> None:
         if isinstance(self.ahead, int) and self.ahead < 0:

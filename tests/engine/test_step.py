@@ -79,6 +79,35 @@ def test_clipping_scales_the_gradient_to_the_limit(tiny_bert: Path, tmp_path: Pa
     assert float(norm) == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_what_a_gpu_will_copy_is_made_ready_in_pinned_memory(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_bert, tmp_path, max_tokens=128)
+    config.surgery.method = "pcgrad"
+    assembly = assemble(config)
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    plan = {name: batches.batch(0) for name, batches in assembly.batches.items()}
+    plain = assembly.step.prepare(plan, 0)
+    assert not pinned
+    assembly.forward.device = torch.device("cuda")  # type: ignore[misc]
+    ready = assembly.step.prepare(plan, 0)
+    found = [ready.words]
+    for before, each in zip(plain.passes, ready.passes, strict=True):
+        assert before.batch is not None
+        assert each.batch is not None
+        assert torch.equal(before.batch.input_ids, each.batch.input_ids)
+        found += [value for value in vars(each.batch).values() if isinstance(value, torch.Tensor)]
+        found += [tensor for s in each.batch.segments for tensor in (s.labels, s.weights)]
+    assert {id(tensor) for tensor in found} == {id(tensor) for tensor in pinned}
+    assert len(ready.passes) > 1
+
+
 def planted(assembly: Assembly, parameter: str) -> None:
     with torch.no_grad():
         dict(assembly.model.named_parameters())[parameter].view(-1)[0] = float("nan")
