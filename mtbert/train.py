@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def train_seeds(
     runs = [parent.path / f"seed-{config.seed + number}" for number in range(config.seeds)]
     for number, folder in enumerate(runs):
         one = dataclasses.replace(config, seed=config.seed + number, seeds=1, output=str(folder))
-        found = world.told(lambda folder=folder: _state_of(folder))
+        found = world.told(functools.partial(_state_of, folder))
         if found == "finished":
             if world.is_main:
                 print(f"{folder}: finished before")

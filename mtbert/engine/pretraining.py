@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import shutil
@@ -178,7 +179,7 @@ def run_pretraining(config: TrainConfig, run: RunFolder, train: Train, world: Wo
     """
     planned = stages(config, run.path)
     for stage in planned:
-        if not world.told(lambda stage=stage: stage.done):
+        if not world.told(functools.partial(is_exported, stage.folder)):
             _run(stage, train, world)
         if world.is_main:
             _tidy(stage.folder / "checkpoints")

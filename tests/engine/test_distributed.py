@@ -33,6 +33,11 @@ def groups() -> Iterator[list[RankGroup]]:
         yield [two, three]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
 def configured(bert: Path, cache: Path, **changes: object) -> TrainConfig:
     """One task of each kind of rows; dropout everywhere."""
     heads = {
@@ -114,17 +119,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, float], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_take_the_steps_of_one_rank(
-    groups: list[RankGroup], tiny_bert: Path, tmp_path: Path, case: tuple[Any, dict[str, float], Any]
+    groups: list[RankGroup], tiny_bert: Path, cache: Path, name: str
 ) -> None:
-    changes, losses, plans = case
-    config = configured(tiny_bert, tmp_path, **changes)
+    changes, losses, plans = CASES[name]
+    config = configured(tiny_bert, cache, **changes)
     if config.mode == "full":
         config.optim.pretrained_decay = 0.1
     expected, tokens, reports = rank_cases.steps(ALONE, config, plans, losses)
     assert sum(name.startswith("0 gradient") for name in expected) > 1
-    for group in groups:
+    # Three ranks where it matters that there are more of them than rows, or a rank between two others.
+    for group in (
+        groups if plans is not None or "several passes" in name or "objectives" in name else groups[:1]
+    ):
         answers = group.run(rank_cases.steps, config, plans, losses)
         for found, found_tokens, found_reports in answers:
             assert found_tokens == tokens
@@ -142,9 +150,9 @@ def test_ranks_take_the_steps_of_one_rank(
 
 
 def test_ranks_score_and_predict_exactly_as_one(
-    groups: list[RankGroup], tiny_bert: Path, tmp_path: Path
+    groups: list[RankGroup], tiny_bert: Path, cache: Path
 ) -> None:
-    config = configured(tiny_bert, tmp_path, max_tokens=128)
+    config = configured(tiny_bert, cache, max_tokens=128)
     expected, outputs = rank_cases.scores(ALONE, config)
     for group in groups:
         for found, theirs in group.run(rank_cases.scores, config):
@@ -152,8 +160,8 @@ def test_ranks_score_and_predict_exactly_as_one(
             assert all(np.array_equal(theirs[task], mine) for task, mine in outputs.items())
 
 
-def test_masked_words(groups: list[RankGroup], tiny_bert: Path, tmp_path: Path) -> None:
-    config = replace(configured(tiny_bert, tmp_path, max_tokens=128), tasks=["sst", "para"])
+def test_masked_words(groups: list[RankGroup], tiny_bert: Path, cache: Path) -> None:
+    config = replace(configured(tiny_bert, cache, max_tokens=128), tasks=["sst", "para"])
     expected, tokens, evaluation = rank_cases.masked_words(ALONE, config)
     for group in groups:
         for found, found_tokens, found_evaluation in group.run(rank_cases.masked_words, config):
@@ -162,8 +170,8 @@ def test_masked_words(groups: list[RankGroup], tiny_bert: Path, tmp_path: Path) 
             assert_close(found, expected)
 
 
-def test_all_ranks_name_the_culprit_of_one(groups: list[RankGroup], tiny_bert: Path, tmp_path: Path) -> None:
-    config = configured(tiny_bert, tmp_path)
+def test_all_ranks_name_the_culprit_of_one(groups: list[RankGroup], tiny_bert: Path, cache: Path) -> None:
+    config = configured(tiny_bert, cache)
     for group in groups:
         answers = group.run(rank_cases.spoiled, config, "sts")
         message, same, culprit = answers[0]
@@ -173,11 +181,12 @@ def test_all_ranks_name_the_culprit_of_one(groups: list[RankGroup], tiny_bert: P
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(
-    groups: list[RankGroup], tiny_bert: Path, tmp_path: Path
+    groups: list[RankGroup], tiny_bert: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Stopped by a signal that one rank of two gets, and resumed on one and on three."""
-    config = configured(tiny_bert, tmp_path, epochs=7 / 12, surgery=surgery("gradvac"))
-    config.evaluation.every, config.evaluation.train_examples = 3, 6
+    config = configured(tiny_bert, cache, epochs=7 / 12, surgery=surgery("gradvac"))
+    config.evaluation.every, config.evaluation.train_examples = 6, 0
+    config.run.log_every = 3
     folders = {name: tmp_path / name for name in ("straight", "alone", "three")}
     for folder in folders.values():
         folder.mkdir()
