@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
@@ -19,16 +20,22 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mtbert.config import TrainConfig, tasks_with_settings
+from mtbert.engine.distributed import World, refuse_ranks
 from mtbert.errors import ConfigError, Interrupted, UserError
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import TASKS
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run an entry point: a UserError becomes one message and exit code 2 (`--debug` shows the traceback)."""
+def run_main(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
+    """Run an entry point: a UserError becomes one message and exit code 2 (`--debug` shows the traceback).
+
+    ranks: whether torchrun may start several processes of it.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
+        if not ranks:
+            refuse_ranks("this program")
         main([a for a in arguments if a != "--debug"])
     except UserError as error:
         if debug:
@@ -172,6 +179,17 @@ def config_from_file(path: Path, options: Sequence[str] = ()) -> TrainConfig:
     arguments = ["--config", str(path), *options]
     load_plugins(_plugins_named(arguments))
     return parse_with(train_parser(None), arguments)
+
+
+def config_on_all_ranks(world: World, path: Path, options: Sequence[str] = ()) -> TrainConfig:
+    """The configuration in a file that rank 0 alone needs to see, with these options of the command line over it."""
+    text = world.told(lambda: path.read_text(encoding="utf-8") if path.is_file() else None)
+    if world.is_main or text is None:
+        return config_from_file(path, options)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_text(text, encoding="utf-8")
+        return config_from_file(copy, options)
 
 
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:

@@ -68,11 +68,11 @@ class TrainConfig:
     """What the encoder computes in, over float32 weights: float32, tf32 (float32 multiplied as TF32 by a GPU), bf16,
     or fp16 (with a dynamic loss scale); auto: bf16 where the hardware multiplies it natively, else float32."""
     max_tokens: int = 4096
-    """Token budget of one forward and backward pass; a larger step takes several passes with the same result."""
+    """Token budget of one forward and backward pass (of a rank); a larger step takes several, with the same result."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N; of several ranks each takes the GPU with its number on its machine."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """CPU threads of a process; 0 leaves torch's choice, and shares a machine's cores among its ranks."""
     kernels: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the encoder's operations; auto takes what should be fastest, cuda the CUDA extension where
     it has the operation, and Triton elsewhere."""

@@ -33,3 +33,7 @@ class Interrupted(UserError):
     """Training was asked to stop (Ctrl-C, SIGTERM) and left a checkpoint to resume from."""
 
     exit_code = 130
+
+
+class RankError(UserError):
+    """Another rank of a run failed or is gone: the message names the rank and the cause."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mtbert.cli import config_from_file, option_value, parse_train, resume_options, run_main
+from mtbert.cli import config_on_all_ranks, option_value, parse_train, resume_options, run_main
+from mtbert.engine.distributed import ALONE, World, on_all_ranks
 from mtbert.engine.mlm_run import run_mlm
-from mtbert.engine.run_folder import RunFolder
+from mtbert.engine.run_folder import begun_run, new_run
 from mtbert.errors import ConfigError
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], world: World = ALONE) -> None:
     """Train, or resume, as the command line says; the options are those of `mtbert.train`."""
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
-        with RunFolder.open(Path(resumed)) as run:
-            if run.record_path.is_file() and not run.is_mlm:
+        with begun_run(world, Path(resumed)) as run:
+            if world.told(lambda: run.record_path.is_file() and not run.is_mlm):
                 raise ConfigError(
                     f"{resumed} trains tasks: go on with python -m mtbert.train --resume {resumed}"
                 )
-            config = config_from_file(run.config_path, resume_options(arguments))
-            run.lock()
-            run_mlm(config, run, resumed=True)
+            config = config_on_all_ranks(world, run.config_path, resume_options(arguments))
+            run_mlm(config, run, resumed=True, world=world)
         return
     config = parse_train(arguments)
     if config.pretraining.task is not None:
@@ -33,9 +33,11 @@ def main(arguments: list[str]) -> None:
         config = dataclasses.replace(
             config, pretraining=dataclasses.replace(config.pretraining, mlm_epochs=1.0)
         )
-    with RunFolder.create(config.output, name_hint="mlm") as run:
-        run_mlm(config, run)
+    with new_run(world, config.output, "mlm") as (run, begun):
+        if begun:
+            config = config_on_all_ranks(world, run.config_path)
+        run_mlm(config, run, resumed=begun, world=world)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(on_all_ranks(main), ranks=True)

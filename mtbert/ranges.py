@@ -18,8 +18,19 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PHASES = ("data", "forward", "loss", "backward", "surgery", "regularisation", "optimizer", "synchronize")
-"""What a step consists of. A phase within a phase (the passes of an adversarial loss) counts to the outer one."""
+PHASES = (
+    "data",
+    "forward",
+    "loss",
+    "backward",
+    "communication",
+    "surgery",
+    "regularisation",
+    "optimizer",
+    "synchronize",
+)
+"""What a step consists of; only several ranks communicate. A phase within a phase (the passes of an adversarial loss)
+counts to the outer one."""
 APART = ("evaluation", "checkpoint", "prediction")
 """What a run does beside its steps."""
 

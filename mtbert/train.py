@@ -5,22 +5,27 @@ Reads from top to bottom: parse, read the tables, build the model, train, and re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtbert.cli import config_from_file, option_value, parse_train, resume_options, run_main
+from mtbert.cli import config_on_all_ranks, option_value, parse_train, resume_options, run_main
 from mtbert.config import TrainConfig, to_yaml
+from mtbert.data.dataset import TaskData
 from mtbert.engine.assembly import assemble
 from mtbert.engine.build import (
     Machine,
     TaskSplits,
+    check_ranks,
     data_fingerprint,
     resolved,
     run_facts,
 )
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.distributed import ALONE, World, on_all_ranks
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
 from mtbert.engine.forward import Forward
 from mtbert.engine.frozen_prefix import PrefixForward, describe_frozen
@@ -30,7 +35,7 @@ from mtbert.engine.precision import product_settings
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
-from mtbert.engine.run_folder import RunFolder
+from mtbert.engine.run_folder import RunFolder, begun_run, new_run
 from mtbert.engine.run_log import logging_to
 from mtbert.engine.tensorboard import tensorboard_listeners
 from mtbert.engine.trainer import Trainer
@@ -46,78 +51,104 @@ from mtbert.tasks.loading import SAMPLE
 logger = logging.getLogger("mtbert.train")  # __name__ is __main__ when it is run
 
 
-def main(arguments: list[str]) -> None:
-    """Train, or resume, as the command line says."""
+def main(arguments: list[str], world: World = ALONE) -> None:
+    """Train, or resume, as the command line says. world: the processes that train together."""
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
-        resume(Path(resumed), resume_options(arguments))
+        resume(Path(resumed), resume_options(arguments), world)
         return
     config = parse_train(arguments)
-    with RunFolder.create(config.output, name_hint="-".join(config.tasks)) as run:
+    with new_run(world, config.output, "-".join(config.tasks)) as (run, begun):
+        if begun:  # torchrun has started the ranks anew
+            config = config_on_all_ranks(world, run.config_path)
         if config.seeds == 1:
-            train(config, run)
+            train(config, run, resumed=begun, world=world)
         else:
-            train_seeds(config, run)
+            train_seeds(config, run, world=world)
 
 
-def resume(folder: Path, options: Sequence[str] = ()) -> None:
+def resume(folder: Path, options: Sequence[str] = (), world: World = ALONE) -> None:
     """Go on with an interrupted run, or with the runs of several seeds. options: of the profile."""
-    with RunFolder.open(folder) as run:
-        if run.is_mlm:
+    with begun_run(world, folder) as run:
+        if world.told(lambda: run.is_mlm):
             raise ConfigError(
                 f"{folder} is masked-language modelling: go on with python -m mtbert.pretrain --resume {folder}"
             )
-        config = config_from_file(run.config_path, options)
-        run.lock()
+        config = config_on_all_ranks(world, run.config_path, options)
         if config.seeds == 1:
-            train(config, run, resumed=True)
+            train(config, run, resumed=True, world=world)
         else:
-            train_seeds(config, run, options)
+            train_seeds(config, run, options, world)
 
 
-def train_seeds(config: TrainConfig, parent: RunFolder, options: Sequence[str] = ()) -> None:
+def train_seeds(
+    config: TrainConfig, parent: RunFolder, options: Sequence[str] = (), world: World = ALONE
+) -> None:
     """One run a seed in folders of their own, finished ones skipped, then mean and deviation.
 
     options: of the profile, for those that are resumed.
     """
-    parent.write_text(parent.config_path, to_yaml(config))
+    if world.is_main:
+        parent.write_text(parent.config_path, to_yaml(config))
     runs = [parent.path / f"seed-{config.seed + number}" for number in range(config.seeds)]
     for number, folder in enumerate(runs):
         one = dataclasses.replace(config, seed=config.seed + number, seeds=1, output=str(folder))
-        if (folder / "report.md").is_file():
-            print(f"{folder}: finished before")
-        elif (folder / "config.yaml").is_file():
-            resume(folder, options)
+        found = world.told(functools.partial(_state_of, folder))
+        if found == "finished":
+            if world.is_main:
+                print(f"{folder}: finished before")
+        elif found == "begun":
+            resume(folder, options, world)
         else:
-            with RunFolder.create(folder, name_hint="") as run:
-                train(one, run)
-    summary = write_seeds(parent.path, runs)
-    print(f"\n{summary.to_text()}\n\nruns of {config.seeds} seeds: {parent.path}")
+            with new_run(world, folder, "") as (run, _):
+                train(one, run, world=world)
+    if world.is_main:
+        summary = write_seeds(parent.path, runs)
+        print(f"\n{summary.to_text()}\n\nruns of {config.seeds} seeds: {parent.path}")
 
 
-def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None:
-    """One training run in `run` with what stands before it, from its start or from its newest checkpoint."""
-    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
-        parts = assemble(config)
-        check_stages(config, run.path, assemble)
+def _state_of(folder: Path) -> str:
+    if (folder / "report.md").is_file():
+        return "finished"
+    return "begun" if (folder / "config.yaml").is_file() else "absent"
+
+
+def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: World = ALONE) -> None:
+    """One training run in `run` with what stands before it, from its start or from its newest checkpoint.
+
+    The ranks of `world` train together, and rank 0 writes.
+    """
+    with (
+        logging_to(run.log_path, rank=world.rank),
+        memory_errors(config.max_tokens),
+        product_settings(config.precision),
+    ):
+        parts = assemble(config, world)
+        check_stages(config, run.path, lambda stage: assemble(stage, world))
         facts = run_facts(parts.machine)
+        check_ranks(world, config, facts, parts.model, _tables_of(parts.data))
         # From here on the folder holds a run: whatever is wrong with the configuration has failed before.
-        if not resumed:
+        if not resumed and world.is_main:
             run.write_text(run.config_path, to_yaml(resolved(config, parts.machine)))
     start = config
     if config.pretraining.active:
         del parts
-        start = run_pretraining(config, run, train)  # its stages have logs of their own
-    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
+        start = run_pretraining(config, run, train, world)  # its stages have logs of their own
+    with (
+        logging_to(run.log_path, rank=world.rank),
+        memory_errors(config.max_tokens),
+        product_settings(config.precision),
+    ):
         if start is not config:
-            parts = assemble(start)
+            parts = assemble(start, world)
+            check_ranks(world, start, facts, parts.model, ())
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, forward, data)
         if config.graphs != "off":
             logger.info("CUDA graphs: %s", parts.graphs)
         if isinstance(forward, PrefixForward):  # before the clock of the training runs
             forward.open_files()
-        if not run.record_path.is_file():  # a run killed between the two files resumes, too
+        if world.is_main and not run.record_path.is_file():  # a run killed between the two files resumes, too
             run.write_json(
                 run.record_path,
                 describe_run(config, facts, run.name, model, data)
@@ -128,7 +159,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 },
             )
             write_problems(run, data)
-        with MetricsLog(run.metrics_path) as log:
+        with MetricsLog(run.metrics_path) if world.is_main else contextlib.nullcontext() as log:
             trainer = Trainer(
                 model,
                 parts.train_step,
@@ -143,8 +174,9 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 device=machine.device,
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
                 unfreezing=parts.unfreezing,
-                listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                listeners=tensorboard_listeners(run.path) if config.run.tensorboard and world.is_main else [],
                 compiled=parts.compiled,
+                world=world,
             )
             if resumed:
                 trainer.resume()
@@ -152,7 +184,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                 trainer.fit()
                 if parts.train_step.graphs is not None:
                     logger.info("CUDA graphs, steps: %s", parts.train_step.graphs.summary())
-                load_best_weights(model, run.checkpoints)
+                load_best_weights(model, run.checkpoints, world)
                 with span("prediction"):
                     predictions = predict_all(
                         forward,
@@ -161,7 +193,10 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
                         max_tokens=config.max_tokens,
                         folder=run.path,
                         mode=config.mode,
+                        world=world,
                     )
+        if not world.is_main:
+            return
         resamples = config.evaluation.resamples
         write_report(run.path, parts.tasks, dev_examples(data), resamples=resamples)
     print(f"\n{results_table(run_results(read_run(run.path), parts.tasks, predictions, resamples))}")
@@ -172,17 +207,22 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None
     print(f"\nrun: {run.path}\nreport: {run.report_path}")
 
 
+def _tables_of(data: TaskSplits) -> list[TaskData]:
+    return [examples for splits in data.values() for examples in splits.values()]
+
+
 def announce(config: TrainConfig, machine: Machine, forward: Forward, data: TaskSplits) -> None:
     """Say what is about to be trained, on what."""
     total = forward.model.parameter_counts()[-1]
     logger.info(
-        "%s, mode %s: %s trainable of %s parameters; %s, %s",
+        "%s, mode %s: %s trainable of %s parameters; %s, %s%s",
         config.model.pretrained,
         config.mode,
         f"{total.trainable:,}",
         f"{total.total:,}",
         machine.device,
         machine.arithmetic,
+        f", {machine.world.size} ranks" if machine.world.size > 1 else "",
     )
     frozen = frozen_layers_text(describe_frozen(forward))
     if frozen is not None and config.mode != "last-linear-layer":
@@ -193,4 +233,4 @@ def announce(config: TrainConfig, machine: Machine, forward: Forward, data: Task
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(on_all_ranks(main), ranks=True)

@@ -197,6 +197,11 @@ def distinct_rows(data: TaskData) -> tuple[TaskData, np.ndarray]:
     return data.rows_apart(np.array(first, dtype=np.int64)), which
 
 
+def word_ids(request: Request) -> np.ndarray:
+    """The word ids int32 that the rows of a request hold, in their order."""
+    return _rows_of(request.data, np.asarray(request.examples, dtype=np.int64)).ids
+
+
 def make_segment(request: Request, *, first_row: int = 0, first_token: int = 0, tokens: int = 0) -> Segment:
     """The segment of a request whose rows and tokens begin at these places of a batch or cached features."""
     data, examples = request.data, np.asarray(request.examples, dtype=np.int64)
@@ -231,6 +236,18 @@ def plan_passes(
     1 / (examples of its stream in the whole step), so that the split changes neither the dropout masks nor the
     loss. Raises DataError when one example alone has more than `max_tokens` tokens.
     """
+    return [shares[0] for shares in plan_shares(step, datasets, max_tokens, 1)]
+
+
+def plan_shares(
+    step: Mapping[str, np.ndarray], datasets: Mapping[str, TaskData], max_tokens: int, ranks: int
+) -> list[list[list[Request]]]:
+    """The passes of `plan_passes` for several ranks that make each pass together: pass -> rank -> requests.
+
+    A pass is a contiguous part of the step, and of each of its streams every rank takes a contiguous part, in the order
+    of the ranks; a rank may get none of a stream, or nothing at all. The ranks' tokens are as even as whole examples
+    allow, and none has more than `max_tokens`. All ranks compute the same from the same arguments.
+    """
     names = [name for name, examples in step.items() if len(examples)]
     if not names:
         return []
@@ -239,27 +256,64 @@ def plan_passes(
     if longest > max_tokens:
         _raise_too_long(step, datasets, names, int(lengths.argmax()), max_tokens)
     ends = np.cumsum(lengths)
-    bounds = _balanced_bounds(ends, longest, max_tokens)
+    starts = np.concatenate([[0], np.cumsum([len(step[name]) for name in names])])
+    capacity = ranks * max_tokens
+    while True:
+        bounds = _balanced_bounds(ends, longest, capacity)
+        cuts = [_share_out(ends, starts, low, high, ranks) for low, high in pairwise(bounds)]
+        if capacity == max_tokens or _largest_share(ends, cuts) <= max_tokens:
+            break
+        capacity = max(max_tokens, capacity - longest)  # shares are even but for a part of an example
 
     counts = [len(step[name]) for name in names]
-    task_starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
-    rows_per_example = [datasets[name].rows_per_example for name in names]
-    first_rows = np.concatenate(
-        [[0], np.cumsum([c * r for c, r in zip(counts, rows_per_example, strict=True)])]
-    ).tolist()
+    rows = [datasets[name].rows_per_example for name in names]
+    first_rows = np.concatenate([[0], np.cumsum([c * r for c, r in zip(counts, rows, strict=True)])]).tolist()
+    begins = starts.tolist()
     passes = []
-    for low, high in pairwise(bounds):
-        requests = []
-        for k, name in enumerate(names):
-            begin, end = max(low, task_starts[k]), min(high, task_starts[k + 1])
-            if begin < end:
-                examples = np.asarray(step[name], dtype=np.int64)[
-                    begin - task_starts[k] : end - task_starts[k]
-                ]
-                first_row = first_rows[k] + (begin - task_starts[k]) * rows_per_example[k]
-                requests.append(Request(datasets[name], examples, first_row, 1.0 / counts[k]))
-        passes.append(requests)
+    for cut in cuts:
+        shares: list[list[Request]] = []
+        for rank in range(ranks):
+            requests = []
+            for k, name in enumerate(names):
+                low, high = int(cut[k, rank]) - begins[k], int(cut[k, rank + 1]) - begins[k]
+                if low < high:
+                    examples = np.asarray(step[name], dtype=np.int64)[low:high]
+                    first_row = first_rows[k] + low * rows[k]
+                    requests.append(Request(datasets[name], examples, first_row, 1.0 / counts[k]))
+            shares.append(requests)
+        passes.append(shares)
     return passes
+
+
+def _share_out(ends: np.ndarray, starts: np.ndarray, low: int, high: int, ranks: int) -> np.ndarray:
+    """Bounds int64 [streams, ranks + 1] of the ranks' parts of each stream, in the pass of the examples low : high.
+
+    ends: tokens up to the end of each example of the step. starts: the first example of each stream, and their number.
+    Of the streams up to any one, the first r ranks have r / ranks of the tokens, to the nearest example: what a stream
+    leaves uneven the next one evens out.
+    """
+    begins, stops = np.clip(starts[:-1], low, high), np.clip(starts[1:], low, high)
+    cuts = np.empty((len(begins), ranks + 1), dtype=np.int64)
+    cuts[:, 0], cuts[:, -1] = begins, stops
+    if ranks == 1:
+        return cuts
+    before = np.concatenate([[0], ends])  # tokens before each example
+    parts = np.arange(1, ranks) / ranks
+    given = np.zeros(ranks - 1)
+    for k, (begin, stop) in enumerate(zip(begins.tolist(), stops.tolist(), strict=True)):
+        wanted = parts * (before[stop] - before[low]) - given + before[begin]
+        right = np.searchsorted(before, wanted).clip(begin, stop)
+        left = np.maximum(right - 1, begin)
+        nearest = np.where(before[right] - wanted < wanted - before[left], right, left)
+        cuts[k, 1:-1] = np.maximum.accumulate(nearest)
+        given += before[cuts[k, 1:-1]] - before[begin]
+    return cuts
+
+
+def _largest_share(ends: np.ndarray, cuts: Sequence[np.ndarray]) -> int:
+    """The most tokens that a rank has in a pass."""
+    before = np.concatenate([[0], ends])
+    return max(int(np.diff(before[cut], axis=1).sum(axis=0).max()) for cut in cuts)
 
 
 def _balanced_bounds(ends: np.ndarray, longest: int, max_tokens: int) -> list[int]:

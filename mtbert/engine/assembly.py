@@ -18,6 +18,7 @@ from mtbert.engine.build import (
     tasks_of,
 )
 from mtbert.engine.compiled import CompiledParts
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.effect import check_effect
 from mtbert.engine.evaluator import Evaluator
 from mtbert.engine.forward import Forward
@@ -54,11 +55,14 @@ class Parts:
     compiled: CompiledParts | None = None
 
 
-def assemble(config: TrainConfig) -> Parts:
-    """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it."""
+def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
+    """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it.
+
+    world: the processes that compute together; each builds its own.
+    """
     check_effect(config)
     check_profile(config)
-    machine = prepare_machine(config)
+    machine = prepare_machine(config, world)
     tasks = tasks_of(config)
     tables = load_tables(config.data, list(tasks.values()))
     model, tokeniser = load_model(config, machine)
@@ -67,7 +71,7 @@ def assemble(config: TrainConfig) -> Parts:
     forward = build_forward(config, model, machine)
     losses = task_losses(config, machine, data)
     train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
-    quality = sentence_quality(config, forward, tables, data, tokeniser)
+    quality = sentence_quality(config, machine, forward, tables, data, tokeniser)
     again_and_again = [*train_step.data.values(), *(splits["dev"] for splits in data.values())]
     keep_tables(forward, again_and_again if quality is None else [*again_and_again, quality.data])
     compiled = CompiledParts() if config.compile else None
@@ -87,6 +91,7 @@ def assemble(config: TrainConfig) -> Parts:
         seed=config.seed,
         trained_on={name: b.examples for name, b in batches.items()},
         quality=quality,
+        world=world,
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mtbert.curriculum import Curriculum, build_curriculum
 from mtbert.data.batching import TaskBatches
 from mtbert.data.dataset import Form, TaskData
 from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.environment import environment
 from mtbert.engine.features import FrozenForward
 from mtbert.engine.forward import Forward, PackedForward
@@ -65,6 +68,8 @@ class Machine:
     """Of the encoder's activations."""
     tf32: bool = False
     """Whether float32 is multiplied as TF32."""
+    world: World = ALONE
+    """The processes that compute together."""
 
     @property
     def arithmetic(self) -> str:
@@ -72,17 +77,22 @@ class Machine:
         return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
 
-def prepare_machine(config: TrainConfig) -> Machine:
+def prepare_machine(config: TrainConfig, world: World = ALONE) -> Machine:
     """Set threads and kernels, and choose device and compute type."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # torchrun sets it to 1 where nobody else did; the ranks of a machine share its cores.
+        torch.set_num_threads(max(1, _cores() // world.local_size))
     # `auto` leaves the choice to the environment variable MTBERT_KERNELS, and that to the table.
     set_backend(None if config.kernels == "auto" else config.kernels)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, world)
+    if device.type == "cuda" and world.size > 1:
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     precision = resolve_precision(config.precision, device)
-    return Machine(device, DTYPES[precision], tf32=precision == "tf32")
+    return Machine(device, DTYPES[precision], tf32=precision == "tf32", world=world)
 
 
 def loss_scaler(machine: Machine) -> LossScaler | None:
@@ -90,10 +100,16 @@ def loss_scaler(machine: Machine) -> LossScaler | None:
     return LossScaler(machine.device) if machine.dtype == torch.float16 else None
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_facts(machine: Machine) -> dict[str, Any]:
     """What a run computes on and with: the record of run.json, and what a bit-for-bit resumption depends on."""
     served = serving(machine.device.type, machine.dtype)
     return environment(machine.device) | {
+        "ranks": machine.world.size,
         "precision": machine.arithmetic,
         "kernels": ", ".join(f"{operation} {implementation}" for operation, implementation in served.items()),
         "instruction_set": instruction_set(),
@@ -112,7 +128,7 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
         data=config.data if kept else absolute(config.data),
         output=None,
         precision=resolve_precision(config.precision, machine.device),
-        device=str(machine.device),
+        device=str(machine.device) if machine.world.size == 1 else machine.device.type,
         threads=torch.get_num_threads(),
         plugins=[absolute(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins],
         model=dataclasses.replace(
@@ -229,6 +245,32 @@ def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) 
     if config.mode == "last-linear-layer":
         return FrozenForward(packed, max_tokens=config.max_tokens)
     return build_prefix_forward(config, packed, token_cache(config))
+
+
+def check_ranks(
+    world: World, config: TrainConfig, facts: Mapping[str, Any], model: nn.Module, data: Iterable[TaskData]
+) -> None:
+    """Raise ConfigError unless all ranks have the same settings, versions, weights and tables."""
+    if world.size == 1:
+        return
+    from mtbert.config import to_yaml  # joins all groups of fields, those of this package among them
+
+    weights, tables = hashlib.sha256(), hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for each in data:
+        tables.update(each.name.encode())
+        for array in (each.tokens, each.starts, each.lengths, each.labels):
+            tables.update(np.ascontiguousarray([] if array is None else array).tobytes())
+    versions = {name: facts[name] for name in ("git", "versions", "precision")}
+    world.check_same(
+        {
+            "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+            "the versions of code and libraries": json.dumps(versions),
+            "the weights to begin with": weights.hexdigest(),
+            "the tables": tables.hexdigest(),
+        }
+    )
 
 
 def data_fingerprint(data: TaskSplits) -> str:

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "mtbert")
-_REPEATABLE = ("git", "device", "cpu_capability", "threads", "precision", "kernels", "instruction_set")
+_REPEATABLE = (
+    "git",
+    "device",
+    "cpu_capability",
+    "ranks",
+    "threads",
+    "precision",
+    "kernels",
+    "instruction_set",
+)
 
 
 def code_version(source: Path | None = None) -> str:
@@ -50,7 +59,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def environment_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What differs between two records, a phrase each: a resumed run may not continue bit for bit then."""
-    pairs = {name: (recorded.get(name), current.get(name)) for name in _REPEATABLE}
+    defaults = {"ranks": 1}  # of records from before there could be several
+    pairs = {
+        name: (recorded.get(name, defaults.get(name)), current.get(name, defaults.get(name)))
+        for name in _REPEATABLE
+    }
     then, now = recorded.get("versions", {}), current.get("versions", {})
     pairs.update({f"version of {name}": (then.get(name), now.get(name)) for name in sorted({*then, *now})})
     return [f"{name}: {a} then, {b} now" for name, (a, b) in pairs.items() if a != b]

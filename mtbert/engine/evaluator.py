@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mtbert.data.dataset import TaskData
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer, labels_of
 from mtbert.errors import ConfigError
@@ -116,10 +117,12 @@ class Evaluator:
         seed: int,
         trained_on: Mapping[str, np.ndarray] | None = None,
         quality: Callable[[], EmbeddingQuality] | None = None,
+        world: World = ALONE,
     ) -> None:
         """trained_on: the training examples that a task is trained on, where these are not all of its table.
 
-        quality: measures the sentence embeddings, where the run asks for it.
+        quality: measures the sentence embeddings, where the run asks for it. world: its ranks share the work, and all
+        get the same scores.
         """
         used = {name: np.arange(len(data[name]["train"])) for name in tasks} | dict(trained_on or {})
         self.forward = forward
@@ -128,6 +131,7 @@ class Evaluator:
         self.losses = losses
         self.max_tokens = max_tokens
         self.quality = quality
+        self.world = world
         self.examples = {
             name: {
                 "train": used[name][seeded_sample(len(used[name]), config.train_examples, seed, name)],
@@ -146,7 +150,9 @@ class Evaluator:
                     continue
                 data = self.data[name][split]
                 with span("evaluation", name, split):
-                    outputs = infer(self.forward, data, max_tokens=self.max_tokens, examples=examples)
+                    outputs = infer(
+                        self.forward, data, max_tokens=self.max_tokens, examples=examples, world=self.world
+                    )
                 labels = labels_of(data)[examples]
                 scores[split][name] = score(task, labels, outputs)
                 losses[split][name] = self._mean_loss(name, outputs, labels)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mtbert.data.dataset import TaskData
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer
 from mtbert.errors import CheckpointError
@@ -21,8 +22,17 @@ from mtbert.tasks.registry import Task
 logger = logging.getLogger(__name__)
 
 
-def load_best_weights(model: nn.Module, folder: Path) -> int:
-    """Put the best checkpoint's weights into `model`; returns its step. Raises CheckpointError when there is none."""
+def load_best_weights(model: nn.Module, folder: Path, world: World = ALONE) -> int:
+    """Put the best checkpoint's weights into `model`; returns its step. Raises CheckpointError when there is none.
+
+    Rank 0 reads it for all ranks.
+    """
+    step = world.told(lambda: _load_best_weights(model, folder))
+    world.copied(model.state_dict().values())
+    return step
+
+
+def _load_best_weights(model: nn.Module, folder: Path) -> int:
     checkpoint = CheckpointStore(folder).load_best(logger.warning)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no evaluated checkpoint")
@@ -34,10 +44,10 @@ def load_best_weights(model: nn.Module, folder: Path) -> int:
 
 
 def predict_split(
-    forward: Forward, task: Task, data: TaskData, split: str, *, max_tokens: int
+    forward: Forward, task: Task, data: TaskData, split: str, *, max_tokens: int, world: World = ALONE
 ) -> Predictions:
-    """Predictions of a whole table."""
-    outputs = infer(forward, data, max_tokens=max_tokens)
+    """Predictions of a whole table; the ranks share the work."""
+    outputs = infer(forward, data, max_tokens=max_tokens, world=world)
     return Predictions(task.name, split, tuple(data.ids), data.labels, outputs)
 
 
@@ -49,8 +59,9 @@ def predict_all(
     max_tokens: int,
     folder: Path,
     mode: str,
+    world: World = ALONE,
 ) -> dict[str, Predictions]:
-    """Predict dev and test of every task and write the files under `folder`/predictions; returns dev's."""
+    """Predict dev and test of every task; returns dev's. Rank 0 writes the files under `folder`/predictions."""
     dev: dict[str, Predictions] = {}
     # The course's second objective is a sentiment task by itself; its files are named after the mode.
     alone = set(tasks) <= set(SINGLE_TASK_COURSE_TASKS)
@@ -60,9 +71,10 @@ def predict_all(
             if split in data[name]:
                 with span("prediction", name, split):
                     predictions = predict_split(
-                        forward, task, data[name][split], split, max_tokens=max_tokens
+                        forward, task, data[name][split], split, max_tokens=max_tokens, world=world
                     )
-                write_prediction_files(folder, task, predictions, mode=course_mode)
+                if world.is_main:
+                    write_prediction_files(folder, task, predictions, mode=course_mode)
                 if split == "dev":
                     dev[name] = predictions
     return dev

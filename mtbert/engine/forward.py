@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch, Request, Segment, pack
 from mtbert.data.padding import Budgets, PassShape, pad, valid_rows
+from mtbert.engine.distributed import World
 from mtbert.kernels.segments import Segments
 from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
@@ -52,6 +53,10 @@ class ForwardResult:
     """Real tokens that the examples hold."""
     batch: PackedBatch | None = None
     """What the encoder read; None when its features were there already."""
+
+
+NOTHING = ForwardResult((), {}, {}, 0)
+"""Of a rank whose share of a pass is empty."""
 
 
 class Forward(Protocol):
@@ -171,7 +176,10 @@ class TrainingPass:
         examples: Mapping[str, np.ndarray],
         step: int,
         progress: float,
+        world: World,
+        shares: Sequence[Sequence[Request]],
     ) -> None:
+        """shares: what each rank reads in this pass, `result` being this rank's."""
         self.segments = result.segments
         self.examples = examples
         self.rows = result.rows
@@ -182,11 +190,25 @@ class TrainingPass:
         self._batch = result.batch
         self._dropout = dropout
         self._segments_of = segments
+        self._world = world
+        self._shares = shares
         self._by_stream = {segment.stream: segment for segment in result.segments}
 
     def segment(self, stream: str) -> Segment | None:
         """The segment of a stream; None when this pass holds none of it."""
         return self._by_stream.get(stream)
+
+    def examples_by_rank(self, stream: str) -> list[np.ndarray]:
+        """The examples of a stream that each rank has in this pass, int64 [n]."""
+        none = np.zeros(0, dtype=np.int64)
+        return [next((r.examples for r in share if r.data.name == stream), none) for share in self._shares]
+
+    def rows_of_all_ranks(self, own: Tensor | None, counts: Sequence[int], texts: int) -> Tensor:
+        """Embeddings [sum(counts), texts, C] of all ranks; see `mtbert.losses.objective.Pass`."""
+        if own is None:
+            model = self._forward.model
+            own = next(model.parameters()).new_zeros(0, texts, model.encoder.config.hidden_size)
+        return self._world.joined_rows(own, counts)
 
     def sub_batch(self, streams: Sequence[str]) -> PackedBatch:
         """The packed rows of those streams alone, in the order of the pass."""

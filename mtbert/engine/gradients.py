@@ -3,6 +3,8 @@
 `OnePassGradients` gets the gradients of all tasks from the backward pass that a summed step makes anyway: every
 shared parameter has a companion whose gradient holds one slice a task (see `mtbert.kernels.segments`).
 `PerTaskGradients` makes one backward pass a task and is the slow twin.
+
+Several ranks add their parts up between the last backward pass and `finish`: what follows is the same on all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch
+from mtbert.engine.distributed import Part
 from mtbert.engine.loss_scale import LossScaler
 from mtbert.kernels.segments import Segments, companion
 from mtbert.model.multitask import MultiTaskModel
@@ -69,11 +72,11 @@ class StepGradients(ABC):
         """Add the gradients of one pass; losses: 0-d, by task."""
         self._backward(losses if self.scaler is None else self.scaler.scaled(losses))
 
-    def finish(self) -> GradientReport | None:
-        """Leave the step's gradient in `.grad`."""
+    def parts(self) -> list[Part]:
+        """What this rank has of the step's gradient: as many parts on every rank, in the same order."""
         if self.scaler is not None:
             self.scaler.unscale(self._scaled_gradients())
-        return self._finish()
+        return self._parts()
 
     @abstractmethod
     def _backward(self, losses: Mapping[str, Tensor]) -> None:
@@ -84,8 +87,12 @@ class StepGradients(ABC):
         """What `_backward` left that is still scaled, each in memory of its own."""
 
     @abstractmethod
-    def _finish(self) -> GradientReport | None:
-        """Leave the step's gradient in `.grad`."""
+    def _parts(self) -> list[Part]:
+        """What this rank has of the step's gradient, without a scale."""
+
+    @abstractmethod
+    def finish(self, summed: Sequence[Tensor | None]) -> GradientReport | None:
+        """Leave the step's gradient in `.grad`; summed: the parts, summed over the ranks."""
 
     def _scaled(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """The gradient of the weight itself where mixout replaced a part of it."""
@@ -101,7 +108,13 @@ class SummedGradients(StepGradients):
     def _scaled_gradients(self) -> list[Tensor]:
         return _gradients_of(self.model.parameters())
 
-    def _finish(self) -> None:
+    def _parts(self) -> list[Part]:
+        return [(p.grad, p) for p in self.model.parameters()]
+
+    def finish(self, summed: Sequence[Tensor | None]) -> None:
+        """Nothing to combine."""
+        for parameter, gradient in zip(self.model.parameters(), summed, strict=True):
+            parameter.grad = gradient
         if self.mixout is not None:
             with span("regularisation"):
                 for parameter in self.model.parameters():
@@ -133,12 +146,19 @@ class TaskGradients(StepGradients):
         places = {task: place for place, task in enumerate(self.tasks)}
         self.owners = {p: places[task] for p, task in model.task_parameters() if task in places}
 
-    def _finish(self) -> GradientReport | None:
-        with span("surgery"):
-            return self._combine()
+    def _parts(self) -> list[Part]:
+        """The tasks' gradients of what they share, then the gradients of all else."""
+        return [*self._task_parts(), *((p.grad, p) for p in self.rest)]
 
-    def _combine(self) -> GradientReport:
-        gradients = self._task_gradients()
+    def finish(self, summed: Sequence[Tensor | None]) -> GradientReport | None:
+        """Combine the tasks' gradients."""
+        with span("surgery"):
+            own = summed[len(summed) - len(self.rest) :]
+            for parameter, gradient in zip(self.rest, own, strict=True):
+                parameter.grad = gradient
+            return self._combine(self._task_gradients(summed))
+
+    def _combine(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> GradientReport:
         first = next(self.model.parameters())
         gram = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64, device=first.device)
         for _, gradient in gradients:
@@ -158,8 +178,12 @@ class TaskGradients(StepGradients):
         return GradientReport(self.tasks, gram, combined)
 
     @abstractmethod
-    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The shared parameters with their gradients [K, *shape]."""
+    def _task_parts(self) -> list[Part]:
+        """This rank's parts of the gradients of the shared parameters, task by task."""
+
+    @abstractmethod
+    def _task_gradients(self, summed: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The shared parameters with their gradients [K, *shape]. summed: begins with the sums of `_task_parts`."""
 
     def _assign(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad = gradient
@@ -186,8 +210,8 @@ class OnePassGradients(TaskGradients):
         words: Tensor | None,
         scaler: LossScaler | None = None,
     ) -> None:
-        """words: int64, different ones, all that the step will read: the word table's gradient is kept for them
-        alone. None where the table is not trained."""
+        """words: int64, different ones, all that any rank will read in the step: the word table's gradient is kept for
+        them alone. None where the table is not trained."""
         super().__init__(model, surgery, tasks, mixout, orders, scaler)
         self.words = model.encoder.embeddings.word
         self.companions: dict[Tensor, Tensor] = {p: companion(p, len(self.tasks)) for p in self.shared}
@@ -215,13 +239,16 @@ class OnePassGradients(TaskGradients):
     def _scaled_gradients(self) -> list[Tensor]:
         return _gradients_of([*self.companions.values(), *self.rest])
 
-    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        found = []
-        for parameter in self.shared:
-            gradient = self.companions[parameter].grad
-            if gradient is not None:
-                found.append((parameter, self._scaled(parameter, gradient)))
-        return found
+    def _task_parts(self) -> list[Part]:
+        companions = [self.companions[parameter] for parameter in self.shared]
+        return [(each.grad, each) for each in companions]
+
+    def _task_gradients(self, summed: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
+        return [
+            (parameter, self._scaled(parameter, gradient))
+            for parameter, gradient in zip(self.shared, summed, strict=False)
+            if gradient is not None
+        ]
 
     def _assign(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if parameter is self.words and self.used is not None:
@@ -267,10 +294,13 @@ class PerTaskGradients(TaskGradients):
     def _scaled_gradients(self) -> list[Tensor]:
         return []
 
-    def _task_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def _task_parts(self) -> list[Part]:
+        return [(sums.get(parameter), parameter) for parameter in self.shared for sums in self.sums]
+
+    def _task_gradients(self, summed: Sequence[Tensor | None]) -> list[tuple[nn.Parameter, Tensor]]:
         found = []
-        for parameter in self.shared:
-            parts = [sums.get(parameter) for sums in self.sums]
+        for place, parameter in enumerate(self.shared):
+            parts = summed[place * len(self.sums) : (place + 1) * len(self.sums)]
             if any(part is not None for part in parts):
                 stacked = torch.stack([torch.zeros_like(parameter) if p is None else p for p in parts])
                 found.append((parameter, self._scaled(parameter, stacked)))

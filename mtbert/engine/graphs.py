@@ -252,6 +252,7 @@ def obstacles(config: TrainConfig, step: TrainStep, curriculum: Curriculum) -> l
         ),
         f"{', '.join(o.name for o in step.objectives)} choose rows on the host": bool(step.objectives),
         f"curriculum.mixing {config.curriculum.mixing} changes the tasks' rows": curriculum.follows_scores,
+        "several ranks train": step.world.size > 1,
         f"profile {config.profile} names the operations of a step one by one": config.profile != "none",
     }
     return [reason for reason, is_there in found.items() if is_there]

@@ -121,11 +121,17 @@ def build_train_step(
         if config.optim.pretrained_decay
         else None,
         scaler=loss_scaler(machine),
+        world=machine.world,
     )
 
 
 def sentence_quality(
-    config: TrainConfig, forward: Forward, tables: TaskTables, data: TaskSplits, tokeniser: Tokeniser
+    config: TrainConfig,
+    machine: Machine,
+    forward: Forward,
+    tables: TaskTables,
+    data: TaskSplits,
+    tokeniser: Tokeniser,
 ) -> SentenceQuality | None:
     """What measures alignment and uniformity at evaluations; None without an objective on embeddings.
 
@@ -146,4 +152,5 @@ def sentence_quality(
         max_length=settings.max_length,
         truncate=settings.truncate,
         max_tokens=config.max_tokens,
+        world=machine.world,
     )

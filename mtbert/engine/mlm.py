@@ -16,7 +16,8 @@ from torch import Tensor
 from mtbert.curriculum import Plan
 from mtbert.data.dataset import TaskData
 from mtbert.data.masking import HELD_OUT_SITE, MaskedBatch, Masking
-from mtbert.data.packing import Segment, pack, plan_passes
+from mtbert.data.packing import Segment, pack, plan_passes, plan_shares
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.evaluator import Evaluation
 from mtbert.engine.loss_scale import LossScaler
 from mtbert.engine.step import StepResult, update
@@ -80,11 +81,13 @@ class PreparedMlmStep:
 
     step: int
     """Steps taken before this one."""
+    tokens: int
+    """Of all ranks."""
     passes: tuple[MaskedBatch, ...]
 
 
 class MlmStep:
-    """The training step: its loss is the mean over the hidden tokens of all its passes."""
+    """The training step: its loss is the mean over the hidden tokens of all its passes, on all ranks."""
 
     def __init__(
         self,
@@ -96,10 +99,12 @@ class MlmStep:
         clip_norm: float,
         seed: int,
         scaler: LossScaler | None = None,
+        world: World = ALONE,
     ) -> None:
         """scaler: the loss scale of fp16."""
         self.forward = forward
         self.optimizer = optimizer
+        self.world = world
         self.data = {NAME: data.train}
         self.masking = data.masking
         self.max_tokens = max_tokens
@@ -116,10 +121,12 @@ class MlmStep:
 
     def prepare(self, plan: Plan, step: int) -> PreparedMlmStep:
         """Pack the passes and hide their tokens: the host's part, which another thread may do."""
-        passes = [self.masking(pack(r), step) for r in plan_passes(plan, self.data, self.max_tokens)]
+        shares = plan_shares(plan, self.data, self.max_tokens, self.world.size)
+        own = (each[self.world.rank] for each in shares)
+        passes = [self.masking(pack(requests), step) for requests in own if requests]
         if self.forward.device.type == "cuda":
             passes = [masked.pinned() for masked in passes]
-        return PreparedMlmStep(step, tuple(passes))
+        return PreparedMlmStep(step, int(self.data[NAME].lengths[plan[NAME]].sum()), tuple(passes))
 
     def run(self, ready: PreparedMlmStep, progress: float = 0.0) -> StepResult:
         """Train on what was prepared."""
@@ -146,7 +153,7 @@ class MlmStep:
         with span("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         dropout = DropoutStream(self.seed, step)
-        hidden = sum(len(masked.targets) for masked in passes)
+        hidden = sum(self.world.gathered(sum(len(masked.targets) for masked in passes)))
         total = torch.zeros((), device=self.forward.device)
         examples: list[tuple[Segment, Tensor]] = []
         with WeightCasts():
@@ -159,22 +166,28 @@ class MlmStep:
                     (share if self.scaler is None else self.scaler.scaled({NAME: share})[NAME]).backward()
                 total = total + share.detach()
                 examples.append((masked.batch.segments[0], _by_sentence(masked, losses.detach())))
+        if self.scaler is not None:
+            self.scaler.unscale([p.grad for p in self.parameters if p.grad is not None])
+        *gradients, whole = self.world.summed([*((p.grad, p) for p in self.parameters), (total, total)])
+        assert whole is not None
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         with span("optimizer"):
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            if self.scaler is not None:
-                self.scaler.unscale(gradients)
-            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        finite = torch.isfinite(norm) & torch.isfinite(total)
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None], foreach=True
+            )
+        finite = torch.isfinite(norm) & torch.isfinite(whole)
         return StepResult(
             step=step,
-            losses={NAME: total},
+            losses={NAME: whole},
             objectives={},
-            total=total,
+            total=whole,
             grad_norm=norm,
             finite=finite,
-            tokens=sum(masked.batch.tokens for masked in passes),
+            tokens=ready.tokens,
             examples=tuple(examples),
             scaling=None if self.scaler is None else self.scaler.report(finite),
+            world=self.world,
         )
 
 
@@ -209,10 +222,11 @@ class MlmEvaluation(Evaluation):
 
 
 class MlmEvaluator:
-    """Scores the sentences held out, always with the same tokens hidden."""
+    """Scores the sentences held out, always with the same tokens hidden. The ranks share the passes."""
 
-    def __init__(self, forward: MlmForward, data: MlmData, *, max_tokens: int) -> None:
+    def __init__(self, forward: MlmForward, data: MlmData, *, max_tokens: int, world: World = ALONE) -> None:
         self.forward = forward
+        self.world = world
         order = np.argsort(-data.held_out.lengths, kind="stable")
         plan, tables = {NAME: order}, {NAME: data.held_out}
         self.batches = [
@@ -222,15 +236,17 @@ class MlmEvaluator:
     @torch.inference_mode()
     def evaluate(self) -> MlmEvaluation:
         """Loss and accuracy over all hidden tokens."""
-        losses, hits = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
+        ends = np.cumsum([0, *(len(masked.targets) for masked in self.batches)])
+        count = int(ends[-1])
+        losses, hits = np.zeros(count), np.zeros(count)
         with WeightCasts():
-            for masked in self.batches:
+            for number in self.world.share_of(len(self.batches)):
+                masked, places = self.batches[number], slice(ends[number], ends[number + 1])
                 if len(masked.targets):
                     scores, cross_entropy = self.forward(masked, None)
-                    losses.append(cross_entropy.double().cpu())
-                    hits.append(scores.argmax(1).cpu() == masked.targets)
-        count = sum(map(len, hits))
-        accuracy = float(torch.cat(hits).sum()) / max(1, count)
-        loss = float(torch.cat(losses).sum()) / max(1, count)
+                    losses[places] = cross_entropy.double().cpu().numpy()
+                    hits[places] = (scores.argmax(1).cpu() == masked.targets).numpy()
+        accuracy = float(self.world.added(hits).sum()) / max(1, count)
+        loss = float(self.world.added(losses).sum()) / max(1, count)
         result = TaskScores("classification", count, accuracy=accuracy)
         return MlmEvaluation({}, {NAME: result}, {}, {NAME: loss})

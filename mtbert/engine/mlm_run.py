@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
@@ -19,6 +20,7 @@ from mtbert.data.tables import Table
 from mtbert.data.tokenisation import Tokeniser, tokenise
 from mtbert.engine.build import (
     Machine,
+    check_ranks,
     loss_scaler,
     prepare_machine,
     resolved,
@@ -28,6 +30,7 @@ from mtbert.engine.build import (
 )
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.compiled import CompiledParts
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.export import export_encoder
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.interruptions import memory_errors
@@ -121,19 +124,26 @@ def build_mlm_model(config: TrainConfig, folder: Path, data: MlmData) -> MlmMode
     return MlmModel(encoder, head)
 
 
-def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> None:
-    """Train in `run`, from its start or from its newest checkpoint, and leave the best encoder in RUN/encoder."""
+def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: World = ALONE) -> None:
+    """Train in `run`, from its start or from its newest checkpoint, and leave the best encoder in RUN/encoder.
+
+    The ranks of `world` train together, and rank 0 writes.
+    """
     from mtbert.config import to_yaml  # joins all groups of fields, those of this package among them
 
     settings = config.pretraining
-    with logging_to(run.log_path), memory_errors(config.max_tokens), product_settings(config.precision):
+    with (
+        logging_to(run.log_path, rank=world.rank),
+        memory_errors(config.max_tokens),
+        product_settings(config.precision),
+    ):
         check_profile(config)
         if config.graphs == "on":
             raise ConfigError(
                 "graphs: on is not possible: masked-language modelling hides another number of tokens in every step;"
                 " possible: auto, off"
             )
-        machine = prepare_machine(config)
+        machine = prepare_machine(config, world)
         folder = resolve(config.model.pretrained)
         data = mlm_data(config, folder)
         model = build_mlm_model(config, folder, data).to(machine.device)
@@ -155,15 +165,19 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
             clip_norm=optim.clip_norm,
             seed=config.seed,
             scaler=loss_scaler(machine),
+            world=world,
         )
-        evaluator = MlmEvaluator(forward, data, max_tokens=config.max_tokens)
+        evaluator = MlmEvaluator(forward, data, max_tokens=config.max_tokens, world=world)
         facts = run_facts(machine)
-        if not resumed:
+        check_ranks(world, config, facts, model, (data.train, data.held_out))
+        if not resumed and world.is_main:
             run.write_text(run.config_path, to_yaml(resolved(config, machine)))
-        if not run.record_path.is_file():
-            run.write_json(run.record_path, facts | _describe(config, run, data, evaluator.evaluate()))
+        if not world.told(run.record_path.is_file):
+            before = evaluator.evaluate()
+            if world.is_main:
+                run.write_json(run.record_path, facts | _describe(config, run, data, before))
         _announce(config, machine, data)
-        with MetricsLog(run.metrics_path) as log:
+        with MetricsLog(run.metrics_path) if world.is_main else contextlib.nullcontext() as log:
             trainer = Trainer(
                 model,
                 train_step,
@@ -177,18 +191,21 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False) -> No
                 inputs=config.input,
                 device=machine.device,
                 fingerprint={"data": data.fingerprint(), "environment": facts},
-                listeners=tensorboard_listeners(run.path) if config.run.tensorboard else [],
+                listeners=tensorboard_listeners(run.path) if config.run.tensorboard and world.is_main else [],
                 compiled=compiled,
+                world=world,
             )
             if resumed:
                 trainer.resume()
             with profiling(config, run.path, machine, model, model.encoder.config):
                 trainer.fit()
-        load_best_weights(model, run.checkpoints)
-        report = _report(config, run)
-        run.write_text(run.report_path, report)
-        encoder = export_encoder(model.encoder, run.path, pretrained=config.model.pretrained)
-    print(f"\n{report}\nencoder: {encoder}")
+        if world.is_main:
+            load_best_weights(model, run.checkpoints)
+            report = _report(config, run)
+            run.write_text(run.report_path, report)
+            encoder = export_encoder(model.encoder, run.path, pretrained=config.model.pretrained)
+            print(f"\n{report}\nencoder: {encoder}")
+        world.told(lambda: None)  # whoever goes on from the encoder finds it
 
 
 def _curriculum(config: TrainConfig, data: MlmData) -> Curriculum:

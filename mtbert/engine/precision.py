@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from mtbert.engine.distributed import ALONE, World
 from mtbert.errors import ConfigError
 
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16"]
@@ -109,10 +110,21 @@ def product_settings(precision: Precision) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU; anything else must be a device that torch can use here."""
+def resolve_device(name: str, world: World = ALONE) -> torch.device:
+    """`auto` is the first GPU, else the CPU; anything else must be a device that torch can use here.
+
+    Of several ranks each takes the GPU with its number on its machine, whichever GPU is named.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] == "cuda" and world.size > 1:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: {name} gives each rank of a machine a GPU of its own, but torchrun started"
+                f" {world.local_size} ranks here and there are {torch.cuda.device_count()} GPUs; possible: cpu, or"
+                " fewer ranks"
+            )
+        name = f"cuda:{world.local_rank}"
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     try:

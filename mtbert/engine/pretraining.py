@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import shutil
@@ -14,11 +16,12 @@ import torch
 
 from mtbert.engine.build import Machine, load_model
 from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.distributed import World
 from mtbert.engine.export import export_encoder, is_exported
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.mlm import NAME as MLM
 from mtbert.engine.mlm_run import run_mlm
-from mtbert.engine.run_folder import RunFolder
+from mtbert.engine.run_folder import RunFolder, begun_run, new_run
 from mtbert.errors import ConfigError
 from mtbert.evaluation.history import History, read_history
 from mtbert.evaluation.metrics import TaskScores
@@ -81,7 +84,9 @@ class PretrainingConfig:
 class Train(Protocol):
     """What trains one run; `mtbert.train.train`."""
 
-    def __call__(self, config: TrainConfig, run: RunFolder, *, resumed: bool = ...) -> None:
+    def __call__(
+        self, config: TrainConfig, run: RunFolder, *, resumed: bool = ..., world: World = ...
+    ) -> None:
         """Train in `run`, from its start or from its newest checkpoint."""
 
 
@@ -175,18 +180,19 @@ def check_stages(config: TrainConfig, folder: Path, assemble: Callable[[TrainCon
                 raise ConfigError(f"in the stage {stage.name} before the run: {error}") from error
 
 
-def run_pretraining(config: TrainConfig, run: RunFolder, train: Train) -> TrainConfig:
+def run_pretraining(config: TrainConfig, run: RunFolder, train: Train, world: World) -> TrainConfig:
     """Run what stands before the run, in RUN/pretraining/NAME; returns the configuration that the run goes on with.
 
     A finished stage is skipped, an interrupted one resumed. Of a finished one its encoder and its best checkpoint are
     kept. The configuration in RUN/config.yaml stays `config`: it repeats all of it, and the run's own checkpoints need
-    no stage to be read.
+    no stage to be read. The ranks of `world` train each stage together; all must see the folder of the run.
     """
     planned = stages(config, run.path)
     for stage in planned:
-        if not stage.done:
-            _run(stage, train)
-        _tidy(stage.folder / "checkpoints")
+        if not world.told(functools.partial(is_exported, stage.folder)):
+            _run(stage, train, world)
+        if world.is_main:
+            _tidy(stage.folder / "checkpoints")
     model = replace(config.model, pretrained=str(planned[-1].encoder)) if planned else config.model
     return replace(config, model=model, pretraining=PretrainingConfig())
 
@@ -213,18 +219,24 @@ def describe_stages(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
     return described
 
 
-def _run(stage: Stage, train: Train) -> None:
-    begun = (stage.folder / "config.yaml").is_file()
-    with RunFolder.open(stage.folder) if begun else RunFolder.create(stage.folder, name_hint="") as run:
-        run.lock()
+def _run(stage: Stage, train: Train, world: World) -> None:
+    with contextlib.ExitStack() as stack:
+        begun = world.told(lambda: (stage.folder / "config.yaml").is_file())
+        if begun:
+            run = stack.enter_context(begun_run(world, stage.folder))
+        else:
+            run, _ = stack.enter_context(new_run(world, stage.folder, ""))
         if stage.name == MLM:
-            run_mlm(stage.config, run, resumed=begun)
+            run_mlm(stage.config, run, resumed=begun, world=world)
             return
-        train(stage.config, run, resumed=begun)
-        model, _ = load_model(stage.config, Machine(torch.device("cpu"), torch.float32))
-        load_best_weights(model, run.checkpoints)
-        pretrained = stage.config.model.pretrained
-        export_encoder(model.encoder, stage.folder, pretrained=pretrained, heads_of=model)
+        train(stage.config, run, resumed=begun, world=world)
+        world.told(lambda: _export(stage, run))
+
+
+def _export(stage: Stage, run: RunFolder) -> None:
+    model, _ = load_model(stage.config, Machine(torch.device("cpu"), torch.float32))
+    load_best_weights(model, run.checkpoints)
+    export_encoder(model.encoder, stage.folder, pretrained=stage.config.model.pretrained, heads_of=model)
 
 
 def _tidy(checkpoints: Path) -> None:

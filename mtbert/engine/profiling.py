@@ -50,12 +50,15 @@ def check_profile(config: TrainConfig) -> None:
 def profiling(
     config: TrainConfig, folder: Path, machine: Machine, model: nn.Module, sizes: BertConfig
 ) -> Iterator[None]:
-    """Profile what is done within as `config.profile` says, into the run's `folder`. sizes: of the model's encoder."""
+    """Profile what is done within as `config.profile` says, into the run's `folder`. sizes: of the model's encoder.
+
+    Of several ranks the first alone writes a profile.
+    """
     if config.profile == "nvtx":
         ranges = NvtxRanges()
         with listening(ranges), ranges.modules(model):
             yield
-    elif config.profile == "torch":
+    elif config.profile == "torch" and machine.world.is_main:
         encoder = EncoderSizes(sizes.num_hidden_layers, sizes.hidden_size, sizes.intermediate_size)
         profile = TorchProfile(
             folder,

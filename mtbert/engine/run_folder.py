@@ -5,15 +5,18 @@ The layout: runs/NAME/ config.yaml metrics.jsonl log.txt run.json checkpoints/ p
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mtbert.engine.distributed import World
 from mtbert.engine.durable import replace_file
 from mtbert.engine.folder_lock import FolderLock
 from mtbert.engine.metrics_log import plain
@@ -36,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.predictions = self.path / "predictions"
         self.plots = self.path / "plots"
+        self._launch_path = self.path / ".launch"
         self._lock = FolderLock(self.path)
 
     @property
@@ -53,17 +57,25 @@ class RunFolder:
         return isinstance(record, dict) and record.get("kind") == MLM_RUN
 
     @classmethod
-    def create(cls, output: str | Path | None, name_hint: str, *, parent: Path = Path("runs")) -> RunFolder:
+    def create(
+        cls,
+        output: str | Path | None,
+        name_hint: str,
+        *,
+        parent: Path = Path("runs"),
+        launch: str | None = None,
+    ) -> RunFolder:
         """Make the folder of a new run, and lock it.
 
-        `output` is its path; None makes a new one, `parent`/<date>-<time>-<name_hint>. Raises UserError when
-        the folder already holds a run, is in use, is a file, or can't be written.
+        `output` is its path; None makes a new one, `parent`/<date>-<time>-<name_hint>. launch: whom `of_launch` finds
+        it for. Raises UserError when the folder already holds a run, is in use, is a file, or can't be written.
         """
         if output is not None:
             folder = cls(Path(output))
             folder._make(exist_ok=True)
             folder.lock()
             folder._refuse_a_run()
+            folder._remember(launch)
             return folder
         hint = re.sub(r"[^A-Za-z0-9._-]+", "-", name_hint).strip("-.") or "run"
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{hint}"
@@ -76,8 +88,22 @@ class RunFolder:
                 except FileExistsError:  # another process was as quick
                     continue
                 folder.lock()
+                folder._remember(launch)
                 return folder
             number += 1
+
+    @classmethod
+    def of_launch(
+        cls, launch: str | None, output: str | Path | None, *, parent: Path = Path("runs")
+    ) -> RunFolder | None:
+        """The folder that `create` made for this launch with this output; None when there is none."""
+        if launch is None:
+            return None
+        if output is not None:
+            places = [Path(output)]
+        else:
+            places = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
+        return next((folder for folder in map(cls, places) if folder._launched_by(launch)), None)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -128,6 +154,16 @@ class RunFolder:
         """Write `value` as JSON, as a whole or not at all; NaN and infinity become null. Raises UserError."""
         self.write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def _remember(self, launch: str | None) -> None:
+        if launch is not None:
+            self.write_text(self._launch_path, launch + "\n")
+
+    def _launched_by(self, launch: str) -> bool:
+        try:
+            return self._launch_path.read_text(encoding="utf-8") == launch + "\n"
+        except (OSError, ValueError):
+            return False
+
     def _make(self, *, exist_ok: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=exist_ok)
@@ -150,6 +186,34 @@ class RunFolder:
                 f"{self.path} already holds a run ({found.name} is there): "
                 f"continue it with --resume {self.path}, or give another --output"
             )
+
+
+@contextlib.contextmanager
+def new_run(world: World, output: str | Path | None, name_hint: str) -> Iterator[tuple[RunFolder, bool]]:
+    """The folder of a new run for all ranks, and whether the run in it has begun: rank 0 makes and locks it.
+
+    Where torchrun has started the ranks anew, it is the folder that they made the time before.
+    """
+    made: list[RunFolder] = []
+
+    def make() -> tuple[str, bool]:
+        run = RunFolder.of_launch(world.launch, output)
+        run = RunFolder.create(output, name_hint, launch=world.launch) if run is None else run.lock()
+        made.append(run)
+        return str(run.path), run.config_path.is_file()
+
+    path, begun = world.told(make)
+    with made[0] if made else RunFolder(Path(path)) as run:
+        yield run, begun
+
+
+@contextlib.contextmanager
+def begun_run(world: World, path: Path) -> Iterator[RunFolder]:
+    """The folder of a run to go on with, for all ranks; rank 0 has locked it."""
+    opened: list[RunFolder] = []
+    world.told(lambda: opened.append(RunFolder.open(path).lock()))
+    with opened[0] if opened else RunFolder(path) as run:
+        yield run
 
 
 def _suggestion(path: Path) -> str:

@@ -72,15 +72,19 @@ class _FileHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def logging_to(path: Path | None, *, level: int = logging.INFO) -> Iterator[logging.Logger]:
+def logging_to(path: Path | None, *, level: int = logging.INFO, rank: int = 0) -> Iterator[logging.Logger]:
     """While the context is open, show messages on the console and append them to `path`.
 
     Without a path they go to standard error: what such a program prints are its answers.
 
+    rank: of several processes the first alone does so; the others show their errors on standard error, with their rank.
+
     Yields the logger `mtbert`. Nothing stays changed afterwards. Raises UserError if `path` can't be opened.
     """
+    if rank:
+        path, level = None, logging.ERROR
     console = _ConsoleHandler("stderr" if path is None else "stdout")
-    console.setFormatter(_ShortFormatter("%(message)s"))
+    console.setFormatter(_ShortFormatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     handlers: list[logging.Handler] = [console]
     if path is not None:
         try:

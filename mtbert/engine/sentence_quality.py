@@ -8,6 +8,7 @@ import torch
 from mtbert.data.dataset import TaskData, Truncate
 from mtbert.data.packing import plan_passes
 from mtbert.data.tokenisation import TokenisedTable
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.forward import Forward
 from mtbert.errors import DataError
 from mtbert.evaluation.embedding_quality import EmbeddingQuality, probe
@@ -29,8 +30,12 @@ class SentenceQuality:
         max_length: int,
         max_tokens: int,
         truncate: Truncate = "head",
+        world: World = ALONE,
     ) -> None:
-        """`tokenised` is the task's labelled dev table, `examples` int64 [n] are those of it to measure on."""
+        """`tokenised` is the task's labelled dev table, `examples` int64 [n] are those of it to measure on.
+
+        world: its ranks share the passes.
+        """
         if tokenised.table.labels is None:
             raise DataError(f"{tokenised.table.path}: has no labels")
         self.forward = forward
@@ -44,6 +49,7 @@ class SentenceQuality:
             truncate=truncate,
         )
         self.max_tokens = max_tokens
+        self.world = world
         forward.model.add_probe(self.data.name, pooling)
 
     def __call__(self) -> EmbeddingQuality:
@@ -56,10 +62,9 @@ class SentenceQuality:
         # Longest first, so that a pass holds rows of like length.
         order = np.argsort(-self.data.lengths, kind="stable")
         passes = plan_passes({self.data.name: order}, {self.data.name: self.data}, self.max_tokens)
-        rows = [
-            self.forward(requests, None).rows[self.data.name].double().cpu().numpy() for requests in passes
-        ]
-        found = np.concatenate(rows)
-        embeddings = np.empty_like(found)
-        embeddings[order] = found
-        return embeddings
+        ends = np.cumsum([len(requests[0].examples) for requests in passes])
+        embeddings = np.zeros((len(order), self.forward.model.encoder.config.hidden_size))
+        for number in self.world.share_of(len(passes)):
+            rows = self.forward(passes[number], None).rows[self.data.name].double().cpu().numpy()
+            embeddings[order[ends[number] - len(rows) : ends[number]]] = rows
+        return self.world.added(embeddings)

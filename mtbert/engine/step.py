@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mtbert.curriculum import Plan
 from mtbert.data.dataset import TaskData
-from mtbert.data.packing import Segment, plan_passes
+from mtbert.data.packing import Request, Segment, plan_shares, word_ids
 from mtbert.data.padding import Budgets, PassShape, pad_words, valid_labels
-from mtbert.engine.forward import Forward, PassInput, TrainingPass
+from mtbert.engine.distributed import ALONE, Part, World
+from mtbert.engine.forward import NOTHING, Forward, PassInput, TrainingPass
 from mtbert.engine.gradients import (
     GradientReport,
     OnePassGradients,
@@ -55,9 +56,9 @@ class StepResult:
     finite: Tensor
     """Whether the loss and the gradient were finite, 0-d bool. When not, the update was skipped on the device."""
     tokens: int
-    """Real tokens of the step's examples."""
+    """Real tokens of the step's examples, those of all ranks."""
     examples: tuple[tuple[Segment, Tensor], ...]
-    """Every task's segments of the step with the losses of their examples, for naming culprits."""
+    """Every task's segments of the step with the losses of their examples, for naming culprits: this rank's."""
     gradients: GradientReport | None = None
     """The tasks' gradients, where they were taken one by one."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,12 +66,15 @@ class StepResult:
     weighting."""
     scaling: Scaling | None = None
     """The loss scale of the step; None where losses are not scaled."""
+    world: World = ALONE
+    """The ranks that took the step."""
 
     def check(self) -> bool:
         """Whether the weights were updated: False where the scaled gradients overflowed, as they do now and then.
 
         Raises NonFiniteError, naming the step, the tasks and the examples, where something was not finite and losses
-        are not scaled, or where it was the last of many such steps in a row.
+        are not scaled, or where it was the last of many such steps in a row. All ranks call it together: what was not
+        finite was so on all of them.
         """
         if bool(self.finite):
             return True
@@ -88,21 +92,21 @@ class StepResult:
             )
             advice = _FP16_ADVICE
         culprits: dict[str, list[str]] = {}
+        everything: dict[str, list[str]] = {}
         for segment, losses in self.examples:
             own = losses[: len(segment.ids)]  # filler has no id
             bad = (~torch.isfinite(own)).nonzero().flatten().tolist()
             culprits.setdefault(segment.task, []).extend(segment.ids[i] for i in bad)
-        named = {task: ids for task, ids in culprits.items() if ids}
+            everything.setdefault(segment.task, []).extend(segment.ids)
+        named = {task: ids for task, ids in _joined(self.world.gathered(culprits)).items() if ids}
+        everything = _joined(self.world.gathered(everything))
         if named:
             what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in named.items())
             return f"{where}: the loss is not finite. {what}. {advice}"
         odd = [name for name, loss in self.objectives.items() if not bool(torch.isfinite(loss))]
         if odd:
             return f"{where}: the loss of {', '.join(odd)} is not finite. {advice}"
-        ids_by_task: dict[str, list[str]] = {}
-        for segment, _ in self.examples:
-            ids_by_task.setdefault(segment.task, []).extend(segment.ids)
-        what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in ids_by_task.items())
+        what = "; ".join(f"task {task}: examples {_shorten(ids)}" for task, ids in everything.items())
         return (
             f"{where}: every loss is finite, but the gradient is not (norm {float(self.grad_norm)})."
             f" The step held {what}. {advice}"
@@ -115,6 +119,15 @@ _FP16_ADVICE = (
     "The updates were skipped, so the weights are as they were; precision bf16 or float32 or a lower"
     " optim.lr may help"
 )
+
+
+def _joined(parts: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
+    """The lists of all ranks under each name, in the order of the ranks."""
+    joined: dict[str, list[str]] = {}
+    for part in parts:
+        for name, values in part.items():
+            joined.setdefault(name, []).extend(values)
+    return joined
 
 
 def _shorten(ids: Sequence[str], most: int = 20) -> str:
@@ -133,6 +146,9 @@ class PreparedStep:
     examples: Mapping[str, np.ndarray]
     """The examples of every stream, those of the objectives among them."""
     passes: tuple[PassInput, ...]
+    """This rank's; one without requests where its share is empty."""
+    shares: Sequence[Sequence[Sequence[Request]]]
+    """The requests of each pass by rank."""
     words: Tensor | None = None
     """int64, different ones: the words that the step holds; None where nothing asks for them."""
     orders: Tensor | None = None
@@ -158,7 +174,10 @@ class PreparedStep:
 
 
 class TrainStep:
-    """Runs steps of a plan over any number of passes: the gradient is that of the whole step."""
+    """Runs steps of a plan over any number of passes and ranks: the gradient is that of the whole step.
+
+    All ranks have the same plan. Each reads its share of every pass, and what they get is added up.
+    """
 
     def __init__(
         self,
@@ -176,8 +195,9 @@ class TrainStep:
         mixout: Mixout | None = None,
         pretrained_decay: PretrainedDecay | None = None,
         scaler: LossScaler | None = None,
+        world: World = ALONE,
     ) -> None:
-        """`max_tokens` bounds the tokens of one forward and backward pass; larger steps take several passes.
+        """`max_tokens` bounds the tokens of one forward and backward pass of a rank; larger steps take several passes.
 
         objectives: the model knows their streams. surgery: how the tasks' gradients are combined; None sums them.
         scaler: the loss scale of fp16.
@@ -197,6 +217,7 @@ class TrainStep:
         self.uncertainty = uncertainty
         self.mixout = mixout
         self.pretrained_decay = pretrained_decay
+        self.world = world
         self.scaler = scaler
         self.budgets: Budgets | None = None
         """What steps are padded to; None: they are taken as they come."""
@@ -225,27 +246,37 @@ class TrainStep:
         A function of its arguments: it reads nothing that training changes, and steps are prepared in their order.
         """
         examples = self._streams(plan, step)
-        passes = plan_passes(examples, self.data, self.max_tokens)
-        if not passes:
+        shares = plan_shares(examples, self.data, self.max_tokens, self.world.size)
+        if not shares:
             raise ValueError("a step needs at least one example")
         tasks = tuple(task for task, rows in plan.items() if len(rows))
         orders = None
         if self.surgery is not None and len(tasks) > 1:
             orders = self._ready(self.surgery.orders(len(tasks), step))
-        if self.budgets is not None and len(passes) == 1:
-            one = self.forward.prepare(passes[0], self.budgets)
-            words = self._words(tasks, (one,))
+        own = [by_rank[self.world.rank] for by_rank in shares]
+        if self.budgets is not None and len(own) == 1:
+            one = self.forward.prepare(own[0], self.budgets)
+            words = self._words(tasks, (one,), shares)
             if one.shape is None or words is None or len(words) <= self.budgets.words:
                 if one.shape is not None and words is not None:
                     words = self._ready(pad_words(words, self.budgets.words))
-                return PreparedStep(step, tasks, examples, (one,), words, orders, one.shape, one.unfit)
+                return PreparedStep(
+                    step, tasks, examples, (one,), shares, words, orders, one.shape, one.unfit
+                )
             unfit = "more words than their budget"
         else:
             unfit = "" if self.budgets is None else "the step takes several passes (max_tokens)"
-        ready = tuple(self.forward.prepare(requests) for requests in passes)
-        words = self._words(tasks, ready)
+        ready = tuple(self.forward.prepare(requests) if requests else PassInput((), 0) for requests in own)
+        words = self._words(tasks, ready, shares)
         return PreparedStep(
-            step, tasks, examples, ready, None if words is None else self._ready(words), orders, unfit=unfit
+            step,
+            tasks,
+            examples,
+            ready,
+            shares,
+            None if words is None else self._ready(words),
+            orders,
+            unfit=unfit,
         )
 
     def run(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
@@ -275,8 +306,8 @@ class TrainStep:
         with span("data"):
             gradients = self._gradients(ready)
         with self.mixout.mixed(step) if self.mixout else contextlib.nullcontext(), self.casts:
-            for each in ready.passes:
-                result = self.forward.run(each, dropout, gradients.segments)
+            for each, shares in zip(ready.passes, ready.shares, strict=True):
+                result = self.forward.run(each, dropout, gradients.segments) if each.requests else NOTHING
                 run = TrainingPass(
                     self.forward,
                     result,
@@ -285,13 +316,17 @@ class TrainStep:
                     examples=ready.examples,
                     step=ready.step,
                     progress=progress,
+                    world=self.world,
+                    shares=shares,
                 )
                 with span("loss"):
                     losses = self._losses(run, sums)
                 with span("backward"):
                     gradients.backward(losses)
-                sums.tokens += result.tokens
-        report = gradients.finish()
+        parts, figures = gradients.parts(), sums.parts(self._figures(), self.parameters[0])
+        summed = self.world.summed([*parts, *figures])
+        sums.take(self._figures(), summed[len(parts) :])
+        report = gradients.finish(summed[: len(parts)])
         if self.pretrained_decay is not None:
             with span("regularisation"):
                 self.pretrained_decay.add_gradients()
@@ -309,11 +344,12 @@ class TrainStep:
             total,
             norm,
             finite,
-            sums.tokens,
+            sum(int(self.data[name].lengths[rows].sum()) for name, rows in ready.examples.items()),
             tuple(sums.examples),
             report,
             self._learned_weights(),
             None if self.scaler is None else self.scaler.report(finite),
+            self.world,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -351,15 +387,29 @@ class TrainStep:
             streams.update({name: rows for name, rows in added.items() if self.data[name].task == task})
         return streams
 
-    def _words(self, tasks: Sequence[str], passes: Sequence[PassInput]) -> Tensor | None:
-        """The words that the passes hold, where the gradients of the word table are wanted task by task."""
+    def _words(
+        self, tasks: Sequence[str], passes: Sequence[PassInput], shares: Sequence[Sequence[Sequence[Request]]]
+    ) -> Tensor | None:
+        """The words that any rank's passes hold, where the gradients of the word table are wanted task by task."""
         if not self.wants_words or len(tasks) < 2:
             return None
-        held = torch.cat([each.batch.input_ids for each in passes if each.batch is not None])
-        return held.unique().long()
+        held = [each.batch.input_ids for each in passes if each.batch is not None]
+        for by_rank in shares:
+            others = (share for rank, share in enumerate(by_rank) if rank != self.world.rank)
+            held += [torch.from_numpy(word_ids(request)) for share in others for request in share]
+        return torch.cat(held).unique().long()
 
     def _ready(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.forward.device.type == "cuda" else tensor
+
+    def _figures(self) -> list[_Figure]:
+        """All losses that a step can have, in one order on all ranks."""
+        names = [f"{task}/{objective.name}" for objective in self.objectives for task in self.losses]
+        return [
+            *(("tasks", task) for task in self.losses),
+            *(("objectives", name) for name in names),
+            *(("totals", task) for task in self.losses),
+        ]
 
     def _gradients(self, ready: PreparedStep) -> StepGradients:
         if self.surgery is None or len(ready.tasks) < 2:
@@ -427,6 +477,10 @@ def update(
             scaler.update(result.finite)
 
 
+_Figure = tuple[str, str]
+"""Names a loss: the attribute of _Sums, and the key."""
+
+
 class _Sums:
     """What a step's passes add up to."""
 
@@ -435,7 +489,19 @@ class _Sums:
         self.objectives: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
         self.examples: list[tuple[Segment, Tensor]] = []
-        self.tokens = 0
+
+    def parts(self, figures: Sequence[_Figure], like: Tensor) -> list[Part]:
+        """This rank's part of each loss. like: of the dtype and on the device of all of them."""
+        empty = like.new_zeros(())
+        found = [getattr(self, kind).get(name) for kind, name in figures]
+        return [(None if value is None else value.to(like.dtype), empty) for value in found]
+
+    def take(self, figures: Sequence[_Figure], summed: Sequence[Tensor | None]) -> None:
+        """Put the sums over the ranks in place of this rank's parts."""
+        self.tasks, self.objectives, self.totals = {}, {}, {}
+        for (kind, name), value in zip(figures, summed, strict=True):
+            if value is not None:
+                getattr(self, kind)[name] = value
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

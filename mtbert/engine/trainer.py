@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mtbert.curriculum import Curriculum, Plan
-from mtbert.engine.checkpoint import CheckpointStore
+from mtbert.engine.checkpoint import Checkpoint, CheckpointStore
 from mtbert.engine.compiled import CompiledParts
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.environment import environment_differences
 from mtbert.engine.evaluator import EvaluationConfig
 from mtbert.engine.input_pipeline import InputConfig, InputPipeline
@@ -131,7 +132,7 @@ class Trainer:
         curriculum: Curriculum,
         evaluator: Scorer,
         store: CheckpointStore,
-        log: MetricsLog,
+        log: MetricsLog | None,
         *,
         schedule: ScheduleConfig,
         evaluation: EvaluationConfig,
@@ -142,10 +143,12 @@ class Trainer:
         unfreezing: Unfreezing | None = None,
         listeners: Sequence[Listener] = (),
         compiled: CompiledParts | None = None,
+        world: World = ALONE,
     ) -> None:
         """`fingerprint` is kept in every checkpoint: what must agree for a resumed run to be the same run.
 
-        compiled: what torch.compile runs; every epoch's line says how often it compiled.
+        compiled: what torch.compile runs; every epoch's line says how often it compiled. world: all of its ranks train
+        together; rank 0 has the log and saves.
         """
         self.model = model
         self.train_step = train_step
@@ -161,6 +164,7 @@ class Trainer:
         self.unfreezing = unfreezing
         self.listeners = listeners
         self.compiled = compiled
+        self.world = world
         self.total_steps = curriculum.total_steps
         self.progress = Progress()
         self._window = Window()
@@ -195,9 +199,10 @@ class Trainer:
                 self._window.input_wait_seconds += waited
                 bar.update()
                 self._after_step(lr, bar)
-                if stop.is_set():
+                if self.world.any(stop.is_set()):
                     self._collect()
                     path = self.checkpoint()
+                    self.world.told(lambda: None)  # a rank that ended before it is saved would end the others
                     raise Interrupted(f"stopped after step {progress.step}; the checkpoint is {path}")
             if progress.step < self.total_steps:
                 patience = self.evaluation.patience
@@ -234,8 +239,9 @@ class Trainer:
 
     def _bar(self) -> tqdm[Any]:
         # disable=None: no bar where the output is no terminal, so that log files stay readable
+        quiet = None if self.world.is_main else True
         return tqdm(
-            total=self.total_steps, initial=self.progress.step, desc="training", unit="step", disable=None
+            total=self.total_steps, initial=self.progress.step, desc="training", unit="step", disable=quiet
         )
 
     def _collect(self) -> None:
@@ -246,7 +252,8 @@ class Trainer:
             self._window.add(pending)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.log.append(line)
+        if self.log is not None:
+            self.log.append(line)
         for listener in self.listeners:
             listener(line)
 
@@ -326,8 +333,10 @@ class Trainer:
             "  (best)" if better else "",
         )
 
-    def checkpoint(self) -> Path:
-        """Save everything that the rest of the run depends on; returns the checkpoint's folder."""
+    def checkpoint(self) -> Path | None:
+        """Save everything that the rest of the run depends on; returns the checkpoint's folder, None but on rank 0."""
+        if self.log is None:
+            return None
         with span("checkpoint"):
             self.log.sync()
             return self.store.save(
@@ -346,10 +355,11 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest usable checkpoint, or from the start when there is none yet."""
-        checkpoint = self.store.load_newest(logger.warning)
+        checkpoint = self._newest_checkpoint()
         if checkpoint is None:
             logger.info("there is no checkpoint yet: starting from the beginning")
-            self.log.rewind(-1)
+            if self.log is not None:
+                self.log.rewind(-1)
             return
         before = checkpoint.state.get("fingerprint", {})
         if before.get("data") != self.fingerprint["data"]:
@@ -375,5 +385,38 @@ class Trainer:
             self._window = Window(**checkpoint.state["window"])
         except (RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
-        self.log.rewind(self.progress.step)
+        if self.log is not None:
+            self.log.rewind(self.progress.step)
         logger.info("resumed from step %d of %d", self.progress.step, self.total_steps)
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """What rank 0 finds, on every rank: the others need not see its disk."""
+        found = self.store.load_newest(logger.warning) if self.world.is_main else None
+        described = self.world.told(lambda: None if found is None else _describe(found))
+        if described is None:
+            return None
+        if found is None:
+            tensors = {
+                group: {
+                    name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in layout
+                }
+                for group, layout in described["tensors"].items()
+            }
+            path, step, state = Path(described["path"]), described["step"], described["state"]
+            found = Checkpoint(path, step, tensors["model"], tensors["optimizer"], state)
+        self.world.copied([*found.model.values(), *found.optimizer.values()])
+        return found
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint without the numbers in its tensors, as JSON."""
+
+    def layout(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+        return [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+
+    return {
+        "path": str(checkpoint.path),
+        "step": checkpoint.step,
+        "state": checkpoint.state,
+        "tensors": {"model": layout(checkpoint.model), "optimizer": layout(checkpoint.optimizer)},
+    }

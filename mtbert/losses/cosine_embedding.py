@@ -118,6 +118,8 @@ class CosineEmbedding(EmbeddingObjective):
     De La Cruz et al. 2024 let the margin follow training (their section 4.3 leaves open how): a straight line here.
     """
 
+    in_batch = False
+
     def __init__(
         self, config: CosineEmbeddingConfig, sources: Mapping[str, Source], targets: Mapping[str, np.ndarray]
     ) -> None:

@@ -73,7 +73,8 @@ class Mnrl(EmbeddingObjective):
 
     As sentence-transformers defines it, only paraphrases are anchors and candidates: other pairs of the batch stay
     out, and the mean is over the step's paraphrases. Pairs that share a text, or that known paraphrases connect, are
-    not negatives of each other. The negatives are those of the same pass: a step that is split has fewer.
+    not negatives of each other. The negatives are those of the same pass, on all
+    ranks: a step that is split has fewer.
     """
 
     def __init__(

@@ -53,6 +53,15 @@ class Pass(Protocol):
     def segment(self, stream: str) -> Segment | None:
         """The segment of a stream; None when this pass holds none of it."""
 
+    def examples_by_rank(self, stream: str) -> Sequence[np.ndarray]:
+        """The examples of a stream, int64 [n], that each rank has in this pass: one array where there is one rank."""
+
+    def rows_of_all_ranks(self, own: Tensor | None, counts: Sequence[int], texts: int) -> Tensor:
+        """Embeddings `[sum(counts), texts, C]` of all ranks in their order, a gradient flowing to the rank's own.
+
+        own: `[counts[rank], texts, C]`, None for none. All ranks call it together, with the same counts.
+        """
+
     def sub_batch(self, streams: Sequence[str]) -> PackedBatch:
         """The packed rows of those streams alone, in the order of the pass."""
 

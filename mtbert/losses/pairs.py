@@ -35,12 +35,16 @@ class Source(Protocol):
 
     data: TaskData | None
     """The rows that are packed for it; None when the task's own rows serve."""
+    stream: str
+    """Where its rows are."""
+    texts: int
+    """k, the texts of an example."""
 
     def choose(self, examples: np.ndarray, step: int) -> np.ndarray | None:
         """The examples of `data` that go with the task's examples of a step."""
 
-    def count(self, run: Pass) -> int:
-        """The compared examples of the pass's whole step: what the mean over the step is divided by."""
+    def compared(self, examples: np.ndarray) -> np.ndarray:
+        """Those of the stream's examples that `read` takes."""
 
     def read(self, run: Pass) -> Embeddings | None:
         """The embeddings that a pass holds; None when it holds none."""
@@ -52,50 +56,51 @@ class OwnRows:
     def __init__(self, data: TaskData, choose: Callable[[np.ndarray, int], np.ndarray]) -> None:
         """choose: from the task's examples of a step and the step's number to examples of `data`."""
         self.data: TaskData | None = data
-        self._stream, self._rows = data.name, data.rows_per_example
+        self.stream, self.texts = data.name, data.rows_per_example
         self._choose = choose
 
     def choose(self, examples: np.ndarray, step: int) -> np.ndarray:
         """The examples of the stream that go with the task's examples of a step."""
         return self._choose(examples, step)
 
-    def count(self, run: Pass) -> int:
-        """All that was chosen."""
-        return len(run.examples[self._stream])
+    def compared(self, examples: np.ndarray) -> np.ndarray:
+        """All."""
+        return examples
 
     def read(self, run: Pass) -> Embeddings | None:
         """The part of the stream that the pass holds."""
-        segment = run.segment(self._stream)
+        segment = run.segment(self.stream)
         if segment is None:
             return None
-        return Embeddings(segment.examples, run.rows[self._stream].unflatten(0, (-1, self._rows)))
+        return Embeddings(segment.examples, run.rows[self.stream].unflatten(0, (-1, self.texts)))
 
 
 class TaskPairs:
     """The rows that the task's own head reads: its pairs as two rows each."""
 
     data: TaskData | None = None
+    texts = 2
 
     def __init__(self, task: str, used: np.ndarray) -> None:
         """used: bool [n], which of the task's examples are compared."""
-        self._task, self._used = task, used
+        self.stream, self._used = task, used
 
     def choose(self, examples: np.ndarray, step: int) -> None:
         """Nothing is packed."""
 
-    def count(self, run: Pass) -> int:
-        """The used ones of the task's examples."""
-        return int(self._used[run.examples[self._task]].sum())
+    def compared(self, examples: np.ndarray) -> np.ndarray:
+        """The used ones."""
+        return examples[self._used[examples]]
 
     def read(self, run: Pass) -> Embeddings | None:
         """The used examples among those that the pass holds."""
-        segment = run.segment(self._task)
+        segment = run.segment(self.stream)
         if segment is None:
             return None
         places = np.flatnonzero(self._used[segment.examples])
         if not len(places):
             return None
-        rows = run.rows[self._task].unflatten(0, (-1, 2))
+        rows = run.rows[self.stream].unflatten(0, (-1, self.texts))
         if len(places) < len(rows):
             rows = rows.index_select(0, on_device(places, rows))
         return Embeddings(segment.examples[places], rows)
@@ -103,6 +108,9 @@ class TaskPairs:
 
 class EmbeddingObjective(Objective):
     """An objective that compares embeddings of texts; a task's part is the mean over its examples of the step."""
+
+    in_batch = True
+    """Whether examples are compared with each other: then every rank sees the examples that any rank has in a pass."""
 
     def __init__(self, name: str, sources: Mapping[str, Source], pooling: Pooling, weight: float) -> None:
         self.name = name
@@ -132,14 +140,33 @@ class EmbeddingObjective(Objective):
         """The share of this pass in each task's mean over the step."""
         losses = {}
         for task, source in self.sources.items():
-            found = source.read(run)
+            found, ranks = source.read(run), 1
+            if self.in_batch:
+                parts = [source.compared(examples) for examples in run.examples_by_rank(source.stream)]
+                ranks = len(parts)
+                found = _of_all_ranks(source, found, parts, run) if ranks > 1 else found
             if found is not None:
-                losses[task] = self.weight / source.count(run) * self.per_example(task, found, run).sum()
+                count = len(source.compared(run.examples[source.stream]))  # of the whole step
+                loss = self.weight / count * self.per_example(task, found, run).sum()
+                # The ranks' losses add up: each counts its part of the value that all have, but whole gradients, since
+                # those of its own rows are with it alone.
+                losses[task] = loss if ranks == 1 else loss - loss.detach() * ((ranks - 1) / ranks)
         return losses
 
     @abstractmethod
     def per_example(self, task: str, found: Embeddings, run: Pass) -> Tensor:
         """Losses `[m]`, or fewer where an example has none."""
+
+
+def _of_all_ranks(
+    source: Source, found: Embeddings | None, parts: Sequence[np.ndarray], run: Pass
+) -> Embeddings | None:
+    """The embeddings of all ranks in the order of the step; parts: the compared examples of each rank."""
+    counts = [len(examples) for examples in parts]
+    if not sum(counts):
+        return None
+    rows = run.rows_of_all_ranks(None if found is None else found.rows, counts, source.texts)
+    return Embeddings(np.concatenate(parts), rows)
 
 
 def on_device(numbers: np.ndarray, like: Tensor) -> Tensor:

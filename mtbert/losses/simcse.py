@@ -91,7 +91,7 @@ class UnsupervisedSimCse(EmbeddingObjective):
 
     Every sentence of a pair is a sentence of its own, and no sentence is twice in a step. The paper's MLP over
     [CLS], which is dropped after training, is left out; pooling `pooler` is the nearest to it. Negatives are
-    the other sentences of the same pass: a step that is split has fewer.
+    the other sentences of the same pass, on all ranks: a step that is split has fewer.
     """
 
     def __init__(self, config: SimCseConfig, sources: Mapping[str, OwnRows]) -> None:
@@ -108,7 +108,7 @@ class SupervisedSimCse(EmbeddingObjective):
 
     Not every pair has a hard negative; those of the pass are candidates for all of its anchors, as in the paper.
     Similarity scores tell no hard negatives. Texts that known paraphrases connect are not negatives of each other.
-    Negatives are those of the same pass: a step that is split has fewer.
+    Negatives are those of the same pass, on all ranks: a step that is split has fewer.
     """
 
     def __init__(self, config: SimCseConfig, tasks: Mapping[str, Triples]) -> None:

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtbert.data.dataset import TaskData
-from mtbert.data.packing import MAX_ROWS, Request, distinct_rows, pack, plan_passes, rounded_length
+from mtbert.data.packing import (
+    MAX_ROWS,
+    Request,
+    distinct_rows,
+    pack,
+    plan_passes,
+    plan_shares,
+    rounded_length,
+)
 from mtbert.errors import DataError
 
 FORMS = ("single", "pair-rows", "cross")
@@ -136,6 +144,50 @@ def test_passes_are_the_step(make_tokenised, data: st.DataObject, slack: int) ->
     assert len(passes) == fewest
     if passes:
         assert max(batch.tokens for batch in batches) <= sum(lengths) / fewest + max(lengths)
+
+
+@settings(max_examples=200)
+@given(st.data(), st.integers(0, 60), st.integers(1, 5))
+def test_shares_are_the_step(make_tokenised, data: st.DataObject, slack: int, ranks: int) -> None:
+    step, datasets = data.draw(steps(make_tokenised))
+    lengths = [int(datasets[name].lengths[e]) for name, examples in step.items() for e in examples]
+    longest = max(lengths, default=1)
+    passes = plan_shares(step, datasets, longest + slack, ranks)
+    assert all(len(shares) == ranks for shares in passes)
+    tokens = [[pack(requests).tokens for requests in shares] for shares in passes]
+    assert all(count <= longest + slack for shares in tokens for count in shares)
+    assert all(max(shares) - min(shares) <= 2 * longest for shares in tokens)
+    # In a pass, each stream goes to the ranks in their order: examples, row ids and weights are those of the step.
+    whole = {r.data.name: r for requests in plan_passes(step, datasets, 10**9) for r in requests}
+    for name, examples in step.items():
+        mine = [r for shares in passes for share in shares for r in share if r.data.name == name]
+        assert [e for request in mine for e in request.examples.tolist()] == examples.tolist()
+        if not mine:
+            continue
+        row = whole[name].first_row_id
+        for request in mine:
+            assert (request.first_row_id, request.weight) == (row, whole[name].weight)
+            row += len(request.examples) * request.data.rows_per_example
+    assert len(passes) <= len(plan_passes(step, datasets, longest + slack))
+
+
+def test_shares_of_every_stream_are_even(make_tokenised) -> None:
+    chance = np.random.default_rng(0)
+    datasets = {
+        name: TaskData(
+            name,
+            make_tokenised([[[7] * n] for n in chance.integers(1, 30, 64)]),
+            form="single",
+            max_length=64,
+        )
+        for name in ("a", "b", "c")
+    }
+    (shares,) = plan_shares({name: np.arange(64) for name in datasets}, datasets, 10**6, 4)
+    for name, each in datasets.items():
+        parts = [each.lengths[r.examples].sum() for share in shares for r in share if r.data.name == name]
+        assert max(parts) - min(parts) <= 64
+    totals = [sum(int(r.data.lengths[r.examples].sum()) for r in share) for share in shares]
+    assert max(totals) - min(totals) <= 32
 
 
 def test_passes_are_balanced(make_tokenised) -> None:

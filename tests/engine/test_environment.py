@@ -77,3 +77,7 @@ def test_the_differences_that_matter() -> None:
         f"threads: {then['threads']} then, {then['threads'] + 1} now",
         f"version of torch: {torch.__version__} then, 0 now",
     ]
+    assert (
+        environment_differences(then, then | {"ranks": 1}) == []
+    )  # a record from before there could be several
+    assert environment_differences(then, then | {"ranks": 2}) == ["ranks: 1 then, 2 now"]

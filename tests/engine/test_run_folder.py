@@ -258,3 +258,20 @@ def test_a_volume_without_locks_grants_them(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     RunFolder(tmp_path).lock().close()
+
+
+def test_a_launch_finds_the_folder_that_it_began(tmp_path: Path) -> None:
+    """What a restart by torchrun goes by: its own folder, not one of an earlier launch, whatever the output."""
+    with RunFolder.create(None, "sst", parent=tmp_path, launch="one") as first:
+        pass
+    with RunFolder.create(tmp_path / "named", "", launch="two"), pytest.raises(UserError, match="in use"):
+        RunFolder.create(tmp_path / "named", "", launch="two")
+    found = RunFolder.of_launch("one", None, parent=tmp_path)
+    assert found is not None
+    assert found.path == first.path
+    assert RunFolder.of_launch("one", tmp_path / "named") is None
+    named = RunFolder.of_launch("two", tmp_path / "named")
+    assert named is not None
+    assert named.path == tmp_path / "named"
+    assert RunFolder.of_launch("three", None, parent=tmp_path) is None
+    assert RunFolder.of_launch(None, tmp_path / "named") is None

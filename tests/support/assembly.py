@@ -19,6 +19,7 @@ from mtbert.engine.build import (
     task_batches,
     tasks_of,
 )
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.forward import Forward
 from mtbert.engine.frozen_prefix import keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
@@ -64,14 +65,16 @@ def shortened(table: Table, rows: int) -> Table:
     )
 
 
-def assemble(config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: int = 60) -> Assembly:
+def assemble(
+    config: TrainConfig, *, dtype: torch.dtype = torch.float64, rows: int = 60, world: World = ALONE
+) -> Assembly:
     """Build it with activations of `dtype`, parameters of at least float32 and the first `rows` rows of every table."""
     tasks = tasks_of(config)
     tables = {
         name: {split: shortened(table, rows) for split, table in splits.items()}
         for name, splits in load_tables(config.data, list(tasks.values())).items()
     }
-    machine = Machine(torch.device("cpu"), dtype)
+    machine = Machine(torch.device("cpu"), dtype, world)
     model, tokeniser = load_model(config, machine)
     model.to(torch.promote_types(dtype, torch.float32))
     data = prepare_data(config, tables, tokeniser)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,14 @@ class TrainingServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, arguments: Sequence[object]) -> Training:
-        """Start `python -m mtbert.train` with these arguments."""
+    def start(self, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> Training:
+        """Start `python -m mtbert.train` with these arguments and further variables of the environment."""
         self._count += 1
         out, err = self.folder / f"out-{self._count}.txt", self.folder / f"err-{self._count}.txt"
         out.touch()
         err.touch()
-        pid = self.ask({"run": [str(a) for a in arguments], "out": str(out), "err": str(err)})
+        request = {"run": [str(a) for a in arguments], "out": str(out), "err": str(err)}
+        pid = self.ask(request | {"environment": dict(environment or {})})
         return Training(self, pid, out, err)
 
     def run(self, arguments: Sequence[object]) -> Training:
@@ -135,6 +136,7 @@ def _serve(folder: Path) -> None:
 
     import mtbert.train
     from mtbert.cli import run_main
+    from mtbert.engine.distributed import on_all_ranks
 
     # The first optimizer imports torch's compiler, which takes as long as all the rest: once here, not once a training.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
@@ -143,8 +145,9 @@ def _serve(folder: Path) -> None:
         for number, name in ((1, request["out"]), (2, request["err"])):
             os.dup2(os.open(name, os.O_WRONLY), number)
         sys.argv = ["mtbert.train", *request["run"]]
+        os.environ.update(request["environment"])
         try:
-            run_main(mtbert.train.main)
+            run_main(on_all_ranks(mtbert.train.main), ranks=True)
         except SystemExit as end:
             return int(end.code or 0)
         except BaseException:
