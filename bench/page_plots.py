@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mtbert.evaluation.plots.style import (
     BLUE,
@@ -81,9 +81,9 @@ def scaling_plot(device: str, comparisons: Mapping[str, dict[str, Any]], path: P
         panel.set_yscale("log")
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticks(places, [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in places], rotation=30)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        panel.yaxis.set_minor_formatter(lambda value, _: f"{value:,g}")
-        panel.tick_params(axis="y", which="minor", labelsize=7)
         legend(panel)
     return save(figure, path)
 

@@ -249,7 +249,7 @@ def plot(runs: Sequence[Run], target: float, source: Source, path: Path) -> Path
     title = f"Score against time, {runs[0].steps} steps"
     tidy(panel, title, "seconds since before the process started", "overall on dev")
     panel.set_xlim(left=0)
-    legend(panel, loc="lower right")
+    legend(panel)
     return save(figure, path)
 
 
