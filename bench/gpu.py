@@ -11,8 +11,8 @@ them; the compile report. For LoRA: its tests; every kernel over the design's si
 comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For training:
 bench/test_train_step.py and bench/test_surgery.py, with those of `transformers`, `peft` and `sentence-transformers` as
 peers that are installed, and bench/speedrun.py on the tables in ../shared/data. Every part leaves NAME.txt; the
-comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no GPU; 1: a part failed or
-ran out of time.
+comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no GPU; 1: a part failed
+or ran out of time.
 """
 
 from __future__ import annotations
