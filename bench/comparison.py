@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from bench.measure import Alternation, Spread
+
+Measure = Literal["speed", "limit share", "activation memory"]
+MEMORY = "activation_kibibytes_per_token"
+"""The figure of a side that goals of activation memory are about."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio of two sides, and what it should reach; missing it is recorded, not an error."""
+    """What a side should reach, by itself or beside another; missing it is recorded, not an error."""
 
     side: str
-    to: str
+    to: str | None
+    """The ratio to this side counts; None: the figure itself (useful tokens a second, a share, KiB a token)."""
     at_least: float | None = None
-    """None: the ratio is of interest, no goal is set."""
+    """None, without `at_most`: the figure is of interest, no goal is set."""
+    at_most: float | None = None
+    of: Measure = "speed"
+
+    @property
+    def subject(self) -> str:
+        """What is measured, in words."""
+        subject = self.side if self.to is None else f"{self.side} / {self.to}"
+        return subject if self.of == "speed" else f"{subject}, {self.of}"
+
+    def is_met(self, value: float) -> bool | None:
+        """Whether `value` reaches it; None where no goal is set."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        return (self.at_least is None or value >= self.at_least) and (
+            self.at_most is None or value <= self.at_most
+        )
 
 
 @dataclass
@@ -38,6 +59,7 @@ class Outcome:
 
     goal: Goal
     ratio: Spread
+    """The figure itself, where the goal names no other side."""
     met: bool | None
 
 
@@ -52,9 +74,11 @@ class Comparison:
     limits: dict[str, Spread]
     """Measured matrix-product rates, FLOP/s."""
     left_out: list[str]
-    """Sides whose packages are not installed."""
+    """Sides whose packages are not installed, or that this session does not run, with the reason."""
     implementations: dict[str, str] = field(default_factory=dict)
     """What served sides that several implementations could have served."""
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Where a step's time goes, of the sides that missed a goal of speed."""
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -75,7 +99,8 @@ def summarise(
     """Medians, ratios and goals of finished rounds.
 
     limits: the sides that measure matrix products. limit_of: for other sides, which of those bounds them and
-    the FLOPs that a useful token takes. Goals that name a side which was left out are left out too.
+    the FLOPs that a useful token takes. Goals about what was not measured (a side that was left out, the memory of a
+    side that does not know it) are left out too.
     """
     cases = []
     for side in alternation.sides:
@@ -91,15 +116,36 @@ def summarise(
                 side.figures,
             )
         )
+    found = {case.name: case for case in cases}
     outcomes = []
-    for goal in goals:
-        if goal.side in alternation.rates and goal.to in alternation.rates:
-            ratio = alternation.ratio(goal.side, goal.to)
-            outcomes.append(
-                Outcome(goal, ratio, None if goal.at_least is None else ratio.median >= goal.at_least)
-            )
+    for goal in dict.fromkeys(goals):
+        if goal.to is None and goal.at_least is None and goal.at_most is None:
+            continue  # the case itself says that
+        reached = _reached(goal, alternation, found)
+        if reached is not None:
+            outcomes.append(Outcome(goal, reached, goal.is_met(reached.median)))
     rates = {limit: alternation.rate(limit) for limit in limits}
     return Comparison(name, baseline, cases, outcomes, rates, list(left_out), dict(implementations or {}))
+
+
+def _reached(goal: Goal, alternation: Alternation, cases: Mapping[str, Case]) -> Spread | None:
+    """The figure that a goal is about; None where it was not measured."""
+    sides = [goal.side] if goal.to is None else [goal.side, goal.to]
+    if any(side not in alternation.rates for side in sides):
+        return None
+    if goal.of == "speed":
+        return alternation.rate(goal.side) if goal.to is None else alternation.ratio(goal.side, goal.to)
+    if goal.of == "limit share":
+        shares = [cases[side].limit_share for side in sides if side in cases]
+        medians = [share.median for share in shares if share is not None]
+        if len(medians) < len(sides):
+            return None
+        return shares[0] if goal.to is None else Spread.of([medians[0] / medians[1]])
+    held = [cases[side].figures.get(MEMORY) for side in sides if side in cases]
+    known = [value for value in held if value is not None]
+    if len(known) < len(sides):
+        return None
+    return Spread.of([known[0] if goal.to is None else known[0] / known[1]])
 
 
 def to_text(comparison: Comparison) -> str:
@@ -118,13 +164,15 @@ def to_text(comparison: Comparison) -> str:
         cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:4], widths[1:4], strict=True))]
         text.append("  ".join([*cells, line[4]]).rstrip())
     for outcome in comparison.goals:
-        goal, ratio = outcome.goal, _spread(outcome.ratio, ".2f")
-        said = f"{goal.side} / {goal.to} = {ratio}"
+        goal = outcome.goal
+        form = ",.0f" if goal.to is None and goal.of == "speed" else ".2f"
+        said = f"{goal.subject} = {_spread(outcome.ratio, form)}"
         if outcome.met is None:
             text.append(f"ratio: {said}")
-        else:
-            verdict = "reached" if outcome.met else "MISSED"
-            text.append(f"goal {verdict}: {said}, wanted at least {goal.at_least}")
+            continue
+        bounds = (("at least", goal.at_least), ("at most", goal.at_most))
+        wanted = " and ".join(f"{words} {bound:,}" for words, bound in bounds if bound is not None)
+        text.append(f"goal {'reached' if outcome.met else 'MISSED'}: {said}, wanted {wanted}")
     for name, rate in comparison.limits.items():
         text.append(f"{name}: {_spread(Spread(*_scaled(rate)), '.2f')} TFLOP/s")
     for name, implementation in comparison.implementations.items():

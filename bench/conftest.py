@@ -14,8 +14,9 @@ if str(ROOT) not in sys.path:  # bench is not installed
 
 from bench import records  # noqa: E402
 from bench.comparison import to_text  # noqa: E402
-from bench.harness import CLOCKS, RECORDED_REPEATS, Bench  # noqa: E402
+from bench.harness import CLOCKS, RECORDED_REPEATS, USUAL, Bench  # noqa: E402
 from bench.kernel_session import Kernels, make_kernels  # noqa: E402
+from bench.page import write_page  # noqa: E402
 from bench.workload import build_workload  # noqa: E402
 from mtbert.engine.precision import resolve_device  # noqa: E402
 from mtbert.errors import ModelFileError  # noqa: E402
@@ -27,10 +28,14 @@ _BENCH = pytest.StashKey[Bench]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mtbert bench")
-    group.addoption("--full", action="store_true", help="15 repeats instead of 5")
+    group.addoption("--full", action="store_true", help="all sides and comparisons, 15 repeats instead of 5")
     group.addoption("--repeats", type=int, help=f"repeats; fewer than {RECORDED_REPEATS} are not recorded")
     group.addoption("--tokens", type=int, help="useful tokens a step (default: 4096; 16384 on a GPU)")
-    group.addoption("--encoder", default="minilm", help="encoder: minilm, a folder or a hub id")
+    group.addoption(
+        "--encoder",
+        help="minilm, a folder, a hub id, or a BERT with random weights: bert-tiny, bert-mini, bert-small, bert-medium,"
+        " bert-base, bert-large (default: minilm; bert-base on a GPU)",
+    )
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu: for a busy machine, one thread"
@@ -44,11 +49,10 @@ def bench(pytestconfig: pytest.Config) -> Bench:
     option = pytestconfig.getoption
     device = resolve_device(option("--device"))
     repeats = option("--repeats") or (15 if option("--full") else 5)
-    tokens = option("--tokens") or (16384 if device.type == "cuda" else 4096)
+    encoder, tokens = USUAL[device.type]
+    encoder, tokens = option("--encoder") or encoder, option("--tokens") or tokens
     try:
-        workload = build_workload(
-            option("--encoder"), tokens_per_step=tokens, steps=max(repeats, _LEAST_STEPS)
-        )
+        workload = build_workload(encoder, tokens_per_step=tokens, steps=max(repeats, _LEAST_STEPS))
     except ModelFileError as error:
         pytest.skip(str(error))
     clock = option("--clock")
@@ -56,8 +60,17 @@ def bench(pytestconfig: pytest.Config) -> Bench:
         if device.type != "cpu":
             raise pytest.UsageError("--clock cpu measures a CPU")
         torch.set_num_threads(1)
-    pytestconfig.stash[_BENCH] = Bench(workload, device, repeats, clock, option("--results"))
+    pytestconfig.stash[_BENCH] = Bench(
+        workload, device, repeats, option("--full"), clock, option("--results")
+    )
     return pytestconfig.stash[_BENCH]
+
+
+@pytest.fixture
+def full(pytestconfig: pytest.Config) -> None:
+    """Skips what takes too long for a usual session."""
+    if not pytestconfig.getoption("--full"):
+        pytest.skip("only with --full")
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +91,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     )
     for comparison in bench.comparisons:
         terminalreporter.write_line(f"\n{to_text(comparison)}")
+    if bench.results is not None and bench.repeats >= RECORDED_REPEATS:
+        terminalreporter.write_line(f"\n{write_page(bench.results)}")

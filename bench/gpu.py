@@ -1,17 +1,20 @@
-"""All that is to be known on a machine with a GPU, into one folder: twice under ten minutes.
+"""All that is to be known on a machine with a GPU, into one folder: three times under ten minutes.
 
     python -m bench.gpu --output FOLDER                the Triton kernels, and whatever dispatch chooses
     python -m bench.gpu --output FOLDER --set lora     the CUDA extension's LoRA products
     python -m bench.gpu --output FOLDER --set graphs   captured training steps, and their input
+    python -m bench.gpu --output FOLDER --set training whole steps beside their peers, and the speedrun
 
 Builds and installs nothing: `pip install --no-build-isolation --no-deps -e .` first, on a machine without network with
 wheels of jsonargparse, pytest and pytest-benchmark beside it. In turn, each with a limit of time: the doctor; the tests
 of the kernels, which run on the GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for
 them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the
 comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For graphs:
-captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). Every
-part leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is
-no GPU; 3: the extension has no LoRA kernels for it; 1: a part failed or ran out of time.
+captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). For
+training: bench/test_train_step.py and bench/test_surgery.py, with those of `transformers`, `peft` and
+`sentence-transformers` as peers that are installed, and bench/speedrun.py on the tables in ../shared/data. Every part
+leaves NAME.txt; the comparisons leave DEVICE.json too, to be committed under bench/results. Exit code 2: there is no
+GPU; 3: the extension has no LoRA kernels for it; 1: a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class Part:
     """Beside that of this process."""
 
 
-SETS = ("kernels", "lora", "graphs")
+SETS = ("kernels", "lora", "graphs", "training")
 
 
 def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
@@ -75,6 +78,12 @@ def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
         return [
             Part("graphs", [sys.executable, "-m", "bench.graphs_check"], 360),
             Part("input", [*pytest, "bench/test_input.py", "--device", "cuda", *record], 200),
+        ]
+    if chosen == "training":
+        steps = ["bench/test_train_step.py", "bench/test_surgery.py", "--device", "cuda"]
+        return [
+            Part("training", [*pytest, *steps, *record], 330),
+            Part("speedrun", [sys.executable, "-m", "bench.speedrun", "--results", str(output)], 240),
         ]
     report = ["--quick", "--processes", str(max(1, cores // 2)), "--markdown", str(output / "compiled.md")]
     return [
@@ -116,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of what is found")
     parser.add_argument("--set", choices=SETS, default=SETS[0], help="what is run")
     parser.add_argument(
-        "--only", nargs="+", help="only these parts of it: doctor, tests, kernels, report, ..."
+        "--only", nargs="+", help="only these parts of it: doctor, tests, kernels, report, training, ..."
     )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

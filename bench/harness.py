@@ -8,22 +8,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench import records
-from bench.comparison import Comparison, Goal, summarise
+from bench.comparison import MEMORY, Comparison, Goal, summarise
 from bench.flops import product_side
 from bench.measure import Alternation, Side
 from bench.peers import is_installed, peer_versions
-from bench.workload import Workload
+from bench.workload import REAL, Workload
 from mtbert.engine.environment import environment
 from mtbert.engine.flops import EncoderSizes, Pass, training_flops
 from mtbert.engine.peaks import limit_shapes, synchronise
+from mtbert.engine.precision import has_fast_bf16
 from mtbert.kernels import dispatch
 from mtbert.model.lora import LoraConfig
 from mtbert.model.pretrained import load_config
+
+USUAL = {"cpu": ("minilm", 4096), "cuda": ("bert-base", 16384)}
+"""The encoder and the useful tokens of a step that a device's goals are set for."""
 
 RECORDED_REPEATS = 5
 """A result of fewer repeats is shown, not recorded."""
@@ -44,6 +48,10 @@ class Candidate:
     """What its products are counted as; None: no share of the limit is given."""
     lora: LoraConfig | None = None
     needs: tuple[str, ...] = ()
+    heavy: bool = False
+    """Only `--full` sessions run it."""
+    workload: Workload | None = None
+    """Its sentences, where they are not the session's."""
 
 
 @dataclass
@@ -53,11 +61,29 @@ class Bench:
     workload: Workload
     device: torch.device
     repeats: int
+    full: bool = False
+    """Whether heavy sides run."""
     clock: str = "wall"
     """A name in CLOCKS."""
     results: Path | None = None
     """Folder of the records; None: nothing is recorded."""
     comparisons: list[Comparison] = field(default_factory=list)
+
+    @property
+    def setting(self) -> Literal["two cores", "one GPU"] | None:
+        """What this session measures of the settings that goals are set for; None: they don't apply."""
+        usual = self.workload.source == REAL
+        cpu = self.device.type == "cpu" and torch.get_num_threads() == 2 and has_fast_bf16(self.device)
+        measured = (self.workload.encoder_name, self.workload.wanted_tokens)
+        if usual and cpu and measured == USUAL["cpu"]:
+            return "two cores"
+        if usual and self.device.type == "cuda" and measured == USUAL["cuda"]:
+            return "one GPU"
+        return None
+
+    def aim(self, *, two_cores: float | None = None, one_gpu: float | None = None) -> float | None:
+        """The bound of a goal in this session's setting; None where no goal is set for it."""
+        return {"two cores": two_cores, "one GPU": one_gpu}.get(self.setting or "")
 
     def compare(
         self,
@@ -67,39 +93,59 @@ class Bench:
         *,
         baseline: str,
         goals: Sequence[Goal] = (),
+        memory: bool = False,
+        repeats: int | None = None,
     ) -> Comparison:
         """Run the candidates and the matrix-product limits of their dtypes in turn.
 
         benchmark: the fixture of pytest-benchmark; it times whole rounds, and its JSON file carries the comparison.
+        memory: also measure the sides' activations. repeats: instead of the session's.
         """
-        present = [c for c in candidates if is_installed(*c.needs)]
-        sizes = encoder_sizes(self.workload)
+        repeats = min(repeats or self.repeats, self.repeats)
+        left_out = {c.name: reason for c in candidates if (reason := self._why_not(c))}
+        present = [c for c in candidates if c.name not in left_out]
+        workloads = [c.workload or self.workload for c in present]
         limits = {dtype: limit_name(dtype) for dtype in dict.fromkeys(c.dtype for c in present)}
-        shapes = limit_shapes(self.device, sizes, self.workload.tokens // len(self.workload.steps))
-        sides = [c.build() for c in present]
-        sides += [product_side(limit, self.device, dtype, shapes) for dtype, limit in limits.items()]
-        if self.clock != "wall":
-            name = f"{name} ({self.clock} seconds)"
-        clock = CLOCKS[self.clock]
-        alternation = Alternation(sides, synchronise=lambda: synchronise(self.device), clock=clock)
-        load_before = load()
-        alternation.warm_up(self.repeats - 1)
-        gc.collect()
-        benchmark.pedantic(alternation.round, rounds=self.repeats, iterations=1)
-        comparison = summarise(
-            name,
-            alternation,
-            baseline=baseline,
-            limits=list(limits.values()),
-            limit_of={c.name: (limits[c.dtype], self._flops_per_token(c)) for c in present if c.mode},
-            goals=goals,
-            left_out=[c.name for c in candidates if c not in present],
-        )
+        shapes = limit_shapes(self.device, encoder_sizes(workloads[0]), workloads[0].tokens_per_step)
+        sides: list[Side] = []
+        try:
+            sides += [c.build() for c in present]
+            sides += [product_side(limit, self.device, dtype, shapes) for dtype, limit in limits.items()]
+            if self.clock != "wall":
+                name = f"{name} ({self.clock} seconds)"
+            alternation = Alternation(
+                sides, synchronise=lambda: synchronise(self.device), clock=CLOCKS[self.clock]
+            )
+            load_before = load()
+            alternation.warm_up(repeats - 1)
+            gc.collect()
+            benchmark.pedantic(alternation.round, rounds=repeats, iterations=1)
+            load_after = load()
+            if memory:
+                for side in sides:
+                    if side.activations is not None:
+                        tokens, held = side.activations()
+                        side.figures[MEMORY] = held / 2**10 / tokens
+            comparison = summarise(
+                name,
+                alternation,
+                baseline=baseline,
+                limits=list(limits.values()),
+                limit_of={c.name: (limits[c.dtype], self._flops_per_token(c)) for c in present if c.mode},
+                goals=goals,
+                left_out=[f"{side} ({reason})" for side, reason in left_out.items()],
+            )
+            comparison.profiles = _profiles(comparison, sides)
+        finally:
+            for side in sides:
+                side.close()
         benchmark.extra_info.update(comparison.to_record())
+        sizes = list(dict.fromkeys(workload.tokens_per_step for workload in workloads))
         facts = self.facts(present[0].dtype) | {
             "clock": self.clock,
-            "load": [load_before, load()],
-            "tokens_per_step": self.workload.tokens // len(self.workload.steps),
+            "load": [load_before, load_after],
+            "tokens_per_step": sizes[0] if len(sizes) == 1 else sizes,
+            "setting": self.setting,
         }
         if self.results is not None and alternation.rounds >= RECORDED_REPEATS:
             records.write(self.results, facts.pop("device"), name, comparison.to_record(), facts)
@@ -116,17 +162,30 @@ class Bench:
             "kernels": kernels_in_use(self.device, dtype),
         }
 
+    def _why_not(self, candidate: Candidate) -> str | None:
+        """Why this session leaves a candidate out."""
+        missing = [package for package in candidate.needs if not is_installed(package)]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        return "only with --full" if candidate.heavy and not self.full else None
+
     def _flops_per_token(self, candidate: Candidate) -> float:
         assert candidate.mode is not None
-        lora = candidate.lora
+        lora, workload = candidate.lora, candidate.workload or self.workload
         flops = training_flops(
-            encoder_sizes(self.workload),
-            self.workload.row_lengths(),
+            encoder_sizes(workload),
+            workload.row_lengths(),
             candidate.mode,
             rank=lora.rank if lora else 0,
             adapted=lora.projections if lora else (),
         )
-        return flops / self.workload.tokens
+        return flops / workload.tokens
+
+
+def _profiles(comparison: Comparison, sides: Sequence[Side]) -> dict[str, dict[str, Any]]:
+    """Of each side that missed a goal of speed: where the time of its step goes, where the side can say so."""
+    missed = {outcome.goal.side for outcome in comparison.goals if outcome.met is False}
+    return {side.name: side.profile() for side in sides if side.name in missed and side.profile is not None}
 
 
 def encoder_sizes(workload: Workload) -> EncoderSizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Side:
     same numbers, so that it can take the sentences that belong to them."""
     figures: dict[str, float] = field(default_factory=dict)
     """More that is known about the side, for the record."""
+    activations: Callable[[], tuple[int, int]] | None = None
+    """Useful tokens of passes through the encoder, and the bytes that their activations took (see bench/memory.py)."""
+    profile: Callable[[], dict[str, Any]] | None = None
+    """Where the time of a step goes (what mtbert's own profile holds), for a goal that is missed."""
+    close: Callable[[], None] = lambda: None
+    """Ends what the side keeps running."""
 
 
 class Alternation:

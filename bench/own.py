@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.measure import Side
-from bench.workload import MAX_LENGTH, Workload
+from bench.memory import activation_bytes
+from bench.workload import Workload
 from mtbert.config import Mode, TrainConfig
 from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
+from mtbert.engine.flops import EncoderSizes
 from mtbert.engine.frozen_prefix import PrefixForward, keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype
 from mtbert.engine.step import StepResult, TrainStep
+from mtbert.engine.torch_profile import TorchProfile
+from mtbert.evaluation.profile import read_profile
+from mtbert.kernels import dispatch
 from mtbert.model.lora import LoraConfig
 from mtbert.model.pooling import Pooling
 from mtbert.optim.surgery import SurgeryConfig
+from mtbert.ranges import listening, span
 from mtbert.tasks.config import TaskConfig
 
 
@@ -48,8 +57,11 @@ def build_step(
         tasks=list(workload.tasks),
         mode=mode,
         precision=precision,
-        task={name: TaskConfig(max_length=MAX_LENGTH) for name in workload.tasks},
-        max_tokens=max(4096, 2 * workload.tokens // len(workload.steps)),
+        task={
+            name: TaskConfig(max_length=workload.max_length, head=workload.heads[name])
+            for name in workload.tasks
+        },
+        max_tokens=max(4096, 2 * workload.tokens_per_step),
         surgery=surgery or SurgeryConfig(),
     )
     config.model.pretrained = str(workload.encoder)
@@ -74,20 +86,61 @@ def build_step(
     return step
 
 
-def own_side(name: str, workload: Workload, step: TrainStep) -> Side:
-    """One optimizer step a repeat. As in the trainer, the result of a step is checked after the next one."""
+def own_side(name: str, workload: Workload, step: TrainStep, backend: str | None = None) -> Side:
+    """One optimizer step a repeat. As in the trainer, the result of a step is checked after the next one.
+
+    backend: the kernels of this side, as `--kernels` names them; None leaves the choice to the environment.
+    """
     taken = 0
     before: StepResult | None = None
 
     def run(repeat: int) -> float:
         nonlocal taken, before
-        result = step(workload.steps[repeat % len(workload.steps)], taken)
+        with kernels(backend):
+            result = step(workload.steps[repeat % len(workload.steps)], taken)
         if before is not None:
             before.check()
         before, taken = result, taken + 1
         return result.tokens
 
-    return Side(name, run)
+    def activations() -> tuple[int, int]:
+        with kernels(backend):
+            return activation_bytes(step, workload.steps[0], step.parameters[0].device)
+
+    def profile() -> dict[str, Any]:
+        with kernels(backend):
+            return profile_of(step, workload)
+
+    return Side(name, run, activations=activations, profile=profile)
+
+
+def kernels(backend: str | None) -> AbstractContextManager[None]:
+    """Within, these kernels serve."""
+    return nullcontext() if backend is None else dispatch.use_backend(backend)
+
+
+def profile_of(step: TrainStep, workload: Workload) -> dict[str, Any]:
+    """Where the time of a few steps goes: what `--profile torch` leaves in a run's profile.json."""
+    skipped, recorded = 2, 3
+    config = step.model.encoder.config
+    with tempfile.TemporaryDirectory() as folder:
+        profile = TorchProfile(
+            Path(folder),
+            step.parameters[0].device,
+            step.forward.dtype,
+            step.model,
+            skip=skipped,
+            active=recorded,
+            encoder=EncoderSizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size),
+            tokens=workload.tokens_per_step,
+        )
+        with profile, listening(profile):
+            for number in range(skipped + recorded):
+                with span("step", number + 1):
+                    step(workload.steps[number % len(workload.steps)], number).check()
+        found = read_profile(Path(folder))
+    assert found is not None
+    return {name: value for name, value in found.values.items() if name not in ("trace", "apart")}
 
 
 def prefix_side(name: str, workload: Workload, step: TrainStep) -> Side:

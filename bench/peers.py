@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Side
+from bench.memory import peak_bytes
 from bench.workload import GROUP, Workload
 from mtbert.data.dataset import TaskData
 from mtbert.model.lora import LoraConfig
@@ -32,9 +33,13 @@ def is_installed(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
+PACKAGES = ("transformers", "peft", "sentence_transformers", "accelerate", "datasets")
+"""The peers, and what they need."""
+
+
 def peer_versions() -> dict[str, str]:
     """Versions of the installed peers."""
-    return {name: metadata.version(name) for name in ("transformers", "peft") if is_installed(name)}
+    return {name.replace("_", "-"): metadata.version(name) for name in PACKAGES if is_installed(name)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +76,27 @@ class PlainLoop:
         dtype: torch.dtype,
         bucketed: bool,
         step_every_batch: bool = False,
+        compiled: bool = False,
+        batch: int = BATCH,
         lora: LoraConfig | None = None,
         dropout: float = 0.1,
         seed: int = 0,
     ) -> None:
         """bucketed: batches of examples of like length, as `group_by_length` makes them; else shuffled ones.
-        step_every_batch: update after each batch of 32, as most loops do, instead of accumulating a step's tokens."""
+        step_every_batch: update after each batch of 32, as most loops do, instead of accumulating a step's tokens.
+        batch: examples that go through the encoder together.
+        compiled: the encoder under torch.compile, for any batch and length, so that it compiles once."""
         self.workload = workload
         self.device = device
         self.dtype = dtype
         self.model = build_model(workload, lora, dropout, seed).to(device).train()
+        if compiled:
+            self.model.encoder.compile(dynamic=True)
         self.optimizer = build_optimizer(self.model, OptimizerConfig())
         self.step_every_batch = step_every_batch
         self.clip_norm = OptimizerConfig().clip_norm
         self.rows = {name: _rows(data, workload.pool[name]) for name, data in workload.data.items()}
-        self.steps = _cut(workload, _batches(workload, bucketed, np.random.default_rng(seed)))
+        self.steps = _cut(workload, _batches(workload, bucketed, batch, np.random.default_rng(seed)))
 
     def __call__(self, repeat: int) -> float:
         """Train on the batches of one step; returns its useful tokens."""
@@ -104,15 +115,29 @@ class PlainLoop:
         for batch in step:
             examples[batch.task] = examples.get(batch.task, 0) + len(batch.examples)
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = 0
-        for batch in step:
-            ids, types, mask, labels, real = self._collate(batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                outputs = self.model(batch.task, ids, types, mask)
-            loss = _loss_sum(self.workload.tasks[batch.task], outputs.float(), labels)
-            (loss / examples[batch.task]).backward()
-            tokens += real
-        return tokens
+        return sum(self._pass(batch, examples[batch.task]) for batch in step)
+
+    def activation_bytes(self) -> tuple[int, int]:
+        """Useful tokens of the first step's batches, and the peaks of their forward and backward passes, added up: of a
+        loop that accumulates, each batch counts by itself. Gradients, which are there before, don't count."""
+        tokens = held = 0
+        self.accumulate(self.steps[0])
+        for batch in self.steps[0]:
+            found: list[int] = []
+            held += peak_bytes(
+                lambda batch=batch, found=found: found.append(self._pass(batch, BATCH)), self.device
+            )
+            tokens += found[0]
+        return tokens, held
+
+    def _pass(self, batch: Batch, examples: int) -> int:
+        """Adds the gradient of a batch of a step with so many `examples` of its task; returns its useful tokens."""
+        ids, types, mask, labels, real = self._collate(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            outputs = self.model(batch.task, ids, types, mask)
+        loss = _loss_sum(self.workload.tasks[batch.task], outputs.float(), labels)
+        (loss / examples).backward()
+        return real
 
     def _collate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         rows = [self.rows[batch.task][example] for example in batch.examples.tolist()]
@@ -133,7 +158,7 @@ class PlainLoop:
 
 def loop_side(name: str, loop: PlainLoop) -> Side:
     """One optimizer step of a plain loop a repeat."""
-    return Side(name, loop, {"padding_share": padding_share(loop)})
+    return Side(name, loop, {"padding_share": padding_share(loop)}, loop.activation_bytes)
 
 
 def padding_share(loop: PlainLoop) -> float:
@@ -209,14 +234,14 @@ def _rows(data: TaskData, pool: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
     return rows
 
 
-def _batches(workload: Workload, bucketed: bool, generator: np.random.Generator) -> list[Batch]:
+def _batches(workload: Workload, bucketed: bool, batch: int, generator: np.random.Generator) -> list[Batch]:
     """The pool in batches of one task, in random order."""
     batches = []
     for name, pool in workload.pool.items():
         order = generator.permutation(pool)
         if bucketed:
             order = order[np.argsort(workload.data[name].lengths[order], kind="stable")]
-        batches += [Batch(name, order[i : i + BATCH]) for i in range(0, len(order), BATCH)]
+        batches += [Batch(name, order[i : i + batch]) for i in range(0, len(order), batch)]
     return [batches[i] for i in generator.permutation(len(batches)).tolist()]
 
 
@@ -230,7 +255,5 @@ def _cut(workload: Workload, batches: list[Batch]) -> list[list[Batch]]:
     for batch, place in zip(batches, places, strict=True):
         steps[place].append(batch)
     if not all(steps):
-        raise ValueError(
-            f"{len(batches)} batches of {BATCH} do not fill {count} steps: take more tokens a step"
-        )
+        raise ValueError(f"{len(batches)} batches do not fill {count} steps: take more tokens a step")
     return steps

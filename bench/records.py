@@ -1,4 +1,4 @@
-"""What was measured on a device, kept in bench/results/DEVICE.json: the newest result of every comparison."""
+"""What was measured on a device, kept in bench/results/DEVICE.json: the newest of every comparison and speedrun."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def slug(device: str) -> str:
 def read(folder: Path, device: str) -> dict[str, Any]:
     """The record of a device; an empty one when there is none yet. Raises ValueError for another format."""
     path = folder / f"{slug(device)}.json"
-    if not path.is_file():
-        return {"format": _FORMAT, "device": device, "comparisons": {}}
+    return read_file(path) if path.is_file() else {"format": _FORMAT, "device": device, "comparisons": {}}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The record in a file. Raises ValueError for another format."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format") != _FORMAT:
         raise ValueError(f"{path}: format {record.get('format')}, expected {_FORMAT}")
@@ -34,9 +37,17 @@ def write(folder: Path, device: str, name: str, comparison: dict[str, Any], fact
 
     facts: what was measured on (versions, commit, date, load, tokens a step). Numbers are kept to four digits.
     """
+    return _write(folder, device, "comparisons", name, {"measured": facts, **comparison})
+
+
+def write_speedrun(folder: Path, device: str, name: str, found: dict[str, Any]) -> Path:
+    """Replace the speedrun of this name; returns the file."""
+    return _write(folder, device, "speedruns", name, found)
+
+
+def _write(folder: Path, device: str, kind: str, name: str, found: dict[str, Any]) -> Path:
     record = read(folder, device)
-    record["comparisons"][name] = _rounded({"measured": facts, **comparison})
-    record["comparisons"] = dict(sorted(record["comparisons"].items()))
+    record[kind] = dict(sorted({**record.get(kind, {}), name: _rounded(found)}.items()))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(device)}.json"
     beside = path.with_suffix(".partial")

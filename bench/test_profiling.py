@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import pytest
+
 from bench.comparison import Goal
 from bench.harness import Bench, Candidate
 from bench.measure import Side
@@ -41,6 +43,7 @@ class Unheard(RangeTree):
         pass
 
 
+@pytest.mark.usefixtures("full")
 def test_ranges(bench: Bench, benchmark: Any, fast: Precision) -> None:
     name = f"mtbert full {fast}"
 

@@ -1,7 +1,8 @@
-"""A whole training step of mtbert beside plain `transformers` and `peft` loops, on the same sentences."""
+"""A whole training step of mtbert beside what one would use instead, on the same sentences."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ from bench.comparison import Goal
 from bench.harness import Bench, Candidate
 from bench.measure import Side
 from bench.own import build_step, frozen_side, own_side
-from bench.peers import PlainLoop, loop_side
+from bench.papers_peer import PapersLoop, papers_side
+from bench.peers import BATCH, PlainLoop, loop_side
+from bench.trainer_peer import NEEDS, TrainerLoop, trainer_side
+from bench.workload import Workload, build_workload
 from mtbert.config import Mode
+from mtbert.engine.flops import Pass
 from mtbert.engine.precision import Precision, has_fast_bf16
 from mtbert.model.lora import PROJECTIONS, LoraConfig
 
@@ -22,15 +27,27 @@ EVERYWHERE = LoraConfig(projections=list(PROJECTIONS))  # type: ignore[arg-type]
 
 
 def own(
-    bench: Bench, name: str, precision: Precision, mode: Mode = "full", lora: LoraConfig | None = None
+    bench: Bench,
+    name: str,
+    precision: Precision,
+    mode: Mode = "full",
+    lora: LoraConfig | None = None,
+    *,
+    backend: str | None = None,
+    heavy: bool = False,
+    workload: Workload | None = None,
 ) -> Candidate:
-    def build() -> Side:
-        step = build_step(bench.workload, bench.device, mode=mode, precision=precision, lora=lora)
-        side = frozen_side if mode == "last-linear-layer" else own_side
-        return side(name, bench.workload, step)
+    """A side of mtbert. backend: its kernels, as `--kernels` names them."""
 
-    counted = {"full": "full", "lora": "lora"}.get(mode)
-    return Candidate(name, build, DTYPES[precision], counted, lora)  # type: ignore[arg-type]
+    def build() -> Side:
+        sentences = workload or bench.workload
+        step = build_step(sentences, bench.device, mode=mode, precision=precision, lora=lora)
+        if mode == "last-linear-layer":
+            return frozen_side(name, sentences, step)
+        return own_side(name, sentences, step, backend)
+
+    counted: Pass | None = "full" if mode == "full" else "lora" if mode == "lora" else None
+    return Candidate(name, build, DTYPES[precision], counted, lora, heavy=heavy, workload=workload)
 
 
 def peer(
@@ -40,21 +57,37 @@ def peer(
     *,
     bucketed: bool,
     step_every_batch: bool = False,
+    compiled: bool = False,
+    batch: int = BATCH,
     lora: LoraConfig | None = None,
+    heavy: bool = False,
+    workload: Workload | None = None,
 ) -> Candidate:
+    """A plain loop over `transformers`, with `lora` also `peft`. Compiling takes a CPU minutes."""
+
     def build() -> Side:
         loop = PlainLoop(
-            bench.workload,
+            workload or bench.workload,
             bench.device,
             dtype=DTYPES[precision],
             bucketed=bucketed,
             step_every_batch=step_every_batch,
+            compiled=compiled,
+            batch=batch,
             lora=lora,
         )
         return loop_side(name, loop)
 
-    needs = ("transformers",) if lora is None else ("transformers", "peft")
-    return Candidate(name, build, DTYPES[precision], "full" if lora is None else "lora", lora, needs)
+    return Candidate(
+        name,
+        build,
+        DTYPES[precision],
+        "full" if lora is None else "lora",
+        lora,
+        ("transformers",) if lora is None else ("transformers", "peft"),
+        heavy or (compiled and bench.device.type == "cpu"),
+        workload,
+    )
 
 
 @pytest.fixture
@@ -65,48 +98,101 @@ def fast(bench: Bench) -> Precision:
 
 def test_full_fine_tuning(bench: Bench, benchmark: Any, fast: Precision) -> None:
     mtbert, bucketed = f"mtbert full {fast}", f"transformers bucketed {fast}"
+    compiled, stock = f"{bucketed}, compiled", f"transformers stock {fast}"
+    float32 = [] if fast == "float32" else [own(bench, "mtbert full float32", "float32")]
+    stock_float32 = "transformers stock float32"
+    if fast != "float32":
+        float32.append(peer(bench, stock_float32, "float32", bucketed=False))
+
+    def papers() -> Side:
+        return papers_side("reference of the papers float32", PapersLoop(bench.workload, bench.device))
+
     bench.compare(
         "full fine-tuning",
         [
             own(bench, mtbert, fast),
+            own(bench, f"{mtbert}, plain kernels", fast, backend="reference", heavy=True),
             peer(bench, bucketed, fast, bucketed=True),
-            peer(bench, f"{bucketed}, a step a batch", fast, bucketed=True, step_every_batch=True),
-            peer(bench, f"transformers stock {fast}", fast, bucketed=False),
+            peer(
+                bench, f"{bucketed}, a step a batch", fast, bucketed=True, step_every_batch=True, heavy=True
+            ),
+            peer(bench, compiled, fast, bucketed=True, compiled=True),
+            peer(bench, stock, fast, bucketed=False),
+            *float32,
+            Candidate("reference of the papers float32", papers, torch.float32),
         ],
         benchmark,
         baseline=mtbert,
-        goals=[Goal(mtbert, bucketed, 1.3)],
-    )
-
-
-def test_precision(bench: Bench, benchmark: Any, fast: Precision) -> None:
-    if fast == "float32":
-        pytest.skip("this machine has no fast bf16: the other comparisons ran in float32")
-    bench.compare(
-        "float32",
-        [
-            own(bench, "mtbert full bf16", "bf16"),
-            own(bench, "mtbert full float32", "float32"),
-            peer(bench, "transformers stock float32", "float32", bucketed=False),
+        memory=True,
+        goals=[
+            Goal(mtbert, None, bench.aim(two_cores=0.55), of="limit share"),
+            Goal(mtbert, None, bench.aim(one_gpu=870_000)),
+            Goal(mtbert, None, bench.aim(one_gpu=970_000)),
+            Goal(mtbert, bucketed, bench.aim(two_cores=2.0)),
+            Goal(mtbert, stock, bench.aim(one_gpu=6.0)),
+            Goal(mtbert, compiled, bench.aim(one_gpu=1.5)),
+            Goal(mtbert, stock_float32, bench.aim(two_cores=7.0)),
+            Goal(mtbert, bucketed, at_most=bench.aim(two_cores=0.5, one_gpu=0.5), of="activation memory"),
         ],
-        benchmark,
-        baseline="mtbert full bf16",
-        goals=[Goal("mtbert full bf16", "transformers stock float32")],
     )
 
 
 def test_lora_and_frozen(bench: Bench, benchmark: Any, fast: Precision) -> None:
-    full, lora = f"mtbert full {fast}", f"mtbert lora query,value {fast}"
+    # Goals are set for rank 16 on a GPU.
+    lora = dataclasses.replace(QUERY_VALUE, rank=16) if bench.device.type == "cuda" else QUERY_VALUE
+    everywhere = dataclasses.replace(EVERYWHERE, rank=lora.rank)
+    full, own_lora = f"mtbert full {fast}", f"mtbert lora query,value {fast}"
+    frozen, bucketed = f"mtbert last-linear-layer {fast}", f"peft lora query,value bucketed {fast}"
+    compiled, stock = f"{bucketed}, compiled", f"peft lora query,value stock {fast}"
+    on_cpu = bench.device.type == "cpu"
     bench.compare(
         "lora",
         [
             own(bench, full, fast),
-            own(bench, lora, fast, "lora", QUERY_VALUE),
-            own(bench, f"mtbert lora all six {fast}", fast, "lora", EVERYWHERE),
-            own(bench, f"mtbert last-linear-layer {fast}", fast, "last-linear-layer"),
-            peer(bench, f"peft lora query,value {fast}", fast, bucketed=True, lora=QUERY_VALUE),
+            own(bench, own_lora, fast, "lora", lora),
+            own(bench, f"mtbert lora all six {fast}", fast, "lora", everywhere, heavy=on_cpu),
+            own(bench, frozen, fast, "last-linear-layer"),
+            peer(bench, bucketed, fast, bucketed=True, lora=lora),
+            peer(bench, compiled, fast, bucketed=True, compiled=True, lora=lora),
+            peer(bench, stock, fast, bucketed=False, lora=lora, heavy=on_cpu),
         ],
         benchmark,
         baseline=full,
-        goals=[Goal(lora, full, 1.0), Goal(lora, f"peft lora query,value {fast}")],
+        memory=True,
+        goals=[
+            Goal(own_lora, full, bench.aim(two_cores=1.3)),
+            Goal(own_lora, None, bench.aim(one_gpu=1_000_000)),
+            Goal(own_lora, None, bench.aim(one_gpu=1_250_000)),
+            Goal(own_lora, bucketed, bench.aim(two_cores=3.0)),
+            Goal(own_lora, stock, bench.aim(one_gpu=6.0)),
+            Goal(own_lora, compiled, bench.aim(one_gpu=1.5)),
+            Goal(frozen, full, bench.aim(two_cores=50.0)),
+            Goal(own_lora, bucketed, at_most=bench.aim(two_cores=0.5, one_gpu=0.5), of="activation memory"),
+        ],
+    )
+
+
+def test_sentence_transformers(bench: Bench, benchmark: Any, fast: Precision) -> None:
+    """Pairs as two rows and the cosine of their means, which is what that library trains."""
+    workload = build_workload(
+        bench.workload.encoder_name,
+        tokens_per_step=bench.workload.wanted_tokens,
+        steps=len(bench.workload.steps),
+        pairs="cosine",
+    )
+    mtbert, theirs = f"mtbert full {fast}, two rows a pair", f"sentence-transformers trainer {fast}"
+
+    def trainer() -> Side:
+        return trainer_side(theirs, TrainerLoop(workload, bench.device, dtype=DTYPES[fast]))
+
+    bench.compare(
+        "two rows a pair",
+        [
+            own(bench, mtbert, fast, workload=workload),
+            Candidate(theirs, trainer, DTYPES[fast], needs=NEEDS, workload=workload),
+        ],
+        benchmark,
+        baseline=mtbert,
+        memory=True,
+        goals=[Goal(mtbert, theirs), Goal(mtbert, theirs, of="activation memory")],
     )

@@ -305,6 +305,7 @@ def test_the_script_for_a_gpu_goes_on_after_a_failure(
     [
         ("kernels", ["doctor", "tests", "kernels", "report"]),
         ("lora", ["lora-tests", "lora-check", "lora", "lora-memcheck", "lora-racecheck"]),
+        ("training", ["training", "speedrun"]),
     ],
 )
 def test_the_parts_of_the_script_are_there(chosen: str, names: list[str], tmp_path: Path) -> None:
