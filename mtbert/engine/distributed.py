@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from mtbert.errors import ConfigError, Interrupted, RankError, UserError
 from mtbert.ranges import span
@@ -128,6 +127,12 @@ def on_all_ranks(main: Callable[[list[str], World], None]) -> Callable[[list[str
         if not _was_launched():
             main(arguments, ALONE)
             return
+        if not dist.is_available():
+            raise ConfigError(
+                "this build of PyTorch has no torch.distributed: start one process, without torchrun"
+            )
+        from torch.distributed.elastic.multiprocessing.errors import record  # imports much
+
         record(joined_main)(arguments)  # torchrun shows what it records
 
     return joined

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from support import rank_cases
 from support.assembly import tiny_config
-from support.ranks import RankGroup, rank_group
+from support.ranks import RankGroup, environment_of, rank_group
 
 from mtbert.config import TrainConfig
-from mtbert.engine.distributed import ALONE
+from mtbert.engine.distributed import ALONE, refuse_ranks
+from mtbert.errors import ConfigError
 from mtbert.losses.bregman import BregmanConfig
 from mtbert.losses.cosine_embedding import CosineEmbeddingConfig
 from mtbert.losses.mnrl import MnrlConfig
@@ -219,3 +220,22 @@ def test_what_ranks_tell_each_other(groups: list[RankGroup]) -> None:
                 "shares": list(range(7)),
                 "odd": "the ranks must begin alike, but the tables of rank 1 differ from those of rank 0",
             }
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (environment_of(0, 2, 1), "runs in one process: start it without torchrun"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "MASTER_ADDR, MASTER_PORT are not set: start the ranks with torchrun",
+        ),
+    ],
+)
+def test_programs_for_one_process_refuse_several(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        refuse_ranks("this program")
