@@ -30,6 +30,7 @@ SIDES = {
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.usefixtures("full")
 def test_checkpointing(bench: Bench, benchmark: Any, fast: Precision, mode: Mode) -> None:
     lora = QUERY_VALUE if mode == "lora" else None
 
@@ -54,6 +55,7 @@ def test_checkpointing(bench: Bench, benchmark: Any, fast: Precision, mode: Mode
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.usefixtures("full")
 def test_activation_memory(bench: Bench, fast: Precision, mode: Mode) -> None:
     """Against the tokens of a step: half of the session's to four times as many."""
     lora = QUERY_VALUE if mode == "lora" else None

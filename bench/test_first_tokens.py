@@ -37,6 +37,7 @@ def last_layer(whole: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("mean", [(), ("sts",)], ids=["all", "all but one"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.usefixtures("full")
 def test_last_layer(bench: Bench, benchmark: Any, fast: Precision, mode: Mode, mean: tuple[str, ...]) -> None:
     lora = QUERY_VALUE if mode == "lora" else None
 

@@ -21,6 +21,7 @@ TRAINED = 2
 """Layers from the top."""
 
 
+@pytest.mark.usefixtures("full")
 def test_frozen_prefix(bench: Bench, benchmark: Any, tmp_path: Path) -> None:
     """Full fine-tuning of the last two layers, and adapters in them alone; the layers below are frozen."""
     precision: Precision = "bf16" if has_fast_bf16(bench.device) else "float32"

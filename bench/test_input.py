@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from bench.harness import Bench, Candidate
 from bench.measure import Side
 from bench.own import build_step
@@ -19,6 +21,7 @@ from mtbert.engine.step import StepResult, TrainStep
 __all__ = ["fast"]
 
 
+@pytest.mark.usefixtures("full")
 def test_input(bench: Bench, benchmark: Any, fast: Precision) -> None:
     def candidate(name: str, ahead: int) -> Candidate:
         def build() -> Side:
