@@ -240,7 +240,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
         line for line in (path / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
     ]
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("seconds", "tokens_per_second", "input_wait_seconds")
+        }
         for line in whole
     ]
 

@@ -100,6 +100,16 @@ def test_activations_are_narrow_and_gradients_of_weights_float32(precision: str)
                 scale=0.25,
             ),
         ),
+        (
+            "first_token_attention",
+            kernels.first_token_attention(
+                x[:2].view(2, 2, 16),
+                x.repeat(1, 2).view(TOKENS, 2, 2, 16),
+                torch.tensor([0, 5, 12], dtype=torch.int32),
+                32,
+                scale=0.25,
+            ),
+        ),
         ("softmax", kernels.softmax(x)),
         (
             "dropout",
@@ -155,10 +165,11 @@ def test_everything_behind_the_encoder_is_float32(
     }
     assembly = assemble(tiny_config(tiny_bert, tmp_path, task=tasks), dtype=dtype)
     hidden = []
-    assembly.model.encoder.register_forward_hook(lambda _, __, output: hidden.append(output.dtype))
+    for layer in assembly.model.encoder.layers:
+        layer.register_forward_hook(lambda _, __, output: hidden.append(output.dtype))
     plan = {name: batches.batch(0) for name, batches in assembly.batches.items()}
     result = assembly.step(plan, 0)
-    assert hidden == [dtype]
+    assert set(hidden) == {dtype}
     figures = [
         *result.losses.values(),
         result.total,

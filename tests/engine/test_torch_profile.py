@@ -16,7 +16,7 @@ from mtbert.engine.step import StepResult, update
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError, Interrupted, NonFiniteError
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "input_wait_seconds")
 
 
 def options(bert: Path, folder: Path, *more: str) -> list[str]:
@@ -194,10 +194,10 @@ def test_an_evaluation_ends_a_recording(tiny_bert: Path, tmp_path: Path) -> None
 def test_a_failed_step_is_not_counted(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float) -> None:
+    def fail(optimizer: torch.optim.Optimizer, result: StepResult, clip_norm: float, scaler: None) -> None:
         if result.step == 4:
             raise NonFiniteError("a fault")
-        update(optimizer, result, clip_norm)
+        update(optimizer, result, clip_norm, scaler)
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
