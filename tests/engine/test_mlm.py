@@ -26,6 +26,7 @@ from mtbert.data.packing import pack, plan_passes
 from mtbert.data.tables import write_table
 from mtbert.engine import mlm_run
 from mtbert.engine.checkpoint import Checkpoint, CheckpointStore
+from mtbert.engine.input_pipeline import InputConfig
 from mtbert.engine.mlm import NAME, MlmData, MlmEvaluator, MlmForward, MlmStep
 from mtbert.engine.mlm_run import build_mlm_model, mlm_data, run_mlm, training_tables
 from mtbert.engine.pretraining import PretrainingConfig
@@ -233,20 +234,16 @@ def newest(path: Path) -> Checkpoint:
     return found
 
 
+TIMES = ("seconds", "input_wait_seconds", "tokens_per_second")
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     if not (path / "metrics.jsonl").exists():
         return []
     whole = [
         line for line in (path / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
     ]
-    return [
-        {
-            k: v
-            for k, v in json.loads(line).items()
-            if k not in ("seconds", "tokens_per_second", "input_wait_seconds")
-        }
-        for line in whole
-    ]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in whole]
 
 
 @pytest.fixture
@@ -279,7 +276,8 @@ def test_a_run_learns_and_leaves_its_encoder(config: TrainConfig, finished: Path
 def test_killed_and_resumed_it_ends_in_the_same_weights(
     config: TrainConfig, finished: Path, tmp_path: Path
 ) -> None:
-    killed = tmp_path / "killed"
+    """The killed run has its input made ready on a thread, the other one has not."""
+    killed, config = tmp_path / "killed", dataclasses.replace(config, input=InputConfig(ahead=3))
     process = multiprocessing.get_context("fork").Process(target=train, args=(config, killed))
     process.start()
     while not any(line["step"] >= 6 for line in lines(killed)) and process.is_alive():
