@@ -41,6 +41,7 @@ from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import get_task
 
 TASKS = ("sst", "para")
+TIMES = ("seconds", "input_wait_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +240,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     whole = [
         line for line in (path / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
     ]
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")}
-        for line in whole
-    ]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in whole]
 
 
 @pytest.fixture

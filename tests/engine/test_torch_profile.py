@@ -16,7 +16,7 @@ from mtbert.engine.step import StepResult, update
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError, Interrupted, NonFiniteError
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "input_wait_seconds", "tokens_per_second")
 
 
 def options(bert: Path, folder: Path, *more: str) -> list[str]:
