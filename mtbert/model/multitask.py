@@ -145,6 +145,9 @@ class MultiTaskModel(nn.Module):
         """
         if self.mode == "last-linear-layer":
             dropout = None
+        streams = [segment.stream for segment in batch.segments]
+        if len(set(streams)) < len(streams):
+            raise ValueError(f"a stream has two segments in one batch: {streams}")
         poolings = self.poolings | self.probe_poolings
         pooled: dict[str, Tensor] = {}
         for context, hidden in self.encoder.parts(
@@ -164,8 +167,6 @@ class MultiTaskModel(nn.Module):
                 rows = pool(pooling, self.encoder, hidden, tokens, chosen, context.segments)
                 sizes = [len(segment.rows) for segment in chosen]
                 pooled.update(zip((segment.stream for segment in chosen), rows.split(sizes), strict=True))
-        if len(pooled) != len(batch.segments):
-            raise ValueError(f"a stream has two segments in one batch: {[s.stream for s in batch.segments]}")
         return pooled
 
     def first_token_streams(self, batch: TaskBatch) -> set[str]:

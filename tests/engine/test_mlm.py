@@ -42,6 +42,7 @@ from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import get_task
 
 TASKS = ("sst", "para")
+TIMES = ("seconds", "input_wait_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
