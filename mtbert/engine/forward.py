@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch, Request, Segment, pack
-from mtbert.engine.distributed import World
+from mtbert.engine.distributed import ALONE, World
 from mtbert.kernels.segments import Segments
 from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
@@ -140,10 +140,10 @@ class TrainingPass:
         examples: Mapping[str, np.ndarray],
         step: int,
         progress: float,
-        world: World,
         shares: Sequence[Sequence[Request]],
+        world: World = ALONE,
     ) -> None:
-        """shares: what each rank reads in this pass, `result` being this rank's."""
+        """shares: what each rank of `world` reads in this pass, `result` being this rank's."""
         self.segments = result.segments
         self.examples = examples
         self.rows = result.rows
