@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtbert.data.packing import PackedBatch, Request, Segment, pack
 from mtbert.data.padding import Budgets, PassShape, pad, valid_rows
-from mtbert.engine.distributed import World
+from mtbert.engine.distributed import ALONE, World
 from mtbert.kernels.segments import Segments
 from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
@@ -176,10 +176,10 @@ class TrainingPass:
         examples: Mapping[str, np.ndarray],
         step: int,
         progress: float,
-        world: World,
         shares: Sequence[Sequence[Request]],
+        world: World = ALONE,
     ) -> None:
-        """shares: what each rank reads in this pass, `result` being this rank's."""
+        """shares: what each rank of `world` reads in this pass, `result` being this rank's."""
         self.segments = result.segments
         self.examples = examples
         self.rows = result.rows

@@ -16,7 +16,7 @@ import torch
 
 from mtbert.engine.build import Machine, load_model
 from mtbert.engine.checkpoint import CheckpointStore
-from mtbert.engine.distributed import World
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.export import export_encoder, is_exported
 from mtbert.engine.finish import load_best_weights
 from mtbert.engine.mlm import NAME as MLM
@@ -180,7 +180,7 @@ def check_stages(config: TrainConfig, folder: Path, assemble: Callable[[TrainCon
                 raise ConfigError(f"in the stage {stage.name} before the run: {error}") from error
 
 
-def run_pretraining(config: TrainConfig, run: RunFolder, train: Train, world: World) -> TrainConfig:
+def run_pretraining(config: TrainConfig, run: RunFolder, train: Train, world: World = ALONE) -> TrainConfig:
     """Run what stands before the run, in RUN/pretraining/NAME; returns the configuration that the run goes on with.
 
     A finished stage is skipped, an interrupted one resumed. Of a finished one its encoder and its best checkpoint are

@@ -24,6 +24,7 @@ from mtbert.engine import pretraining
 from mtbert.engine.assembly import assemble
 from mtbert.engine.build import Machine, load_model
 from mtbert.engine.checkpoint import Checkpoint, CheckpointStore
+from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.load_run import load_run
 from mtbert.engine.pretraining import (
     PretrainingConfig,
@@ -150,9 +151,11 @@ def test_both_stages(config: TrainConfig, tmp_path: Path, tiny_bert: Path) -> No
     run = tmp_path / "run"
     started: list[str] = []
 
-    def trained(stage: TrainConfig, folder: RunFolder, *, resumed: bool = False) -> None:
+    def trained(
+        stage: TrainConfig, folder: RunFolder, *, resumed: bool = False, world: World = ALONE
+    ) -> None:
         started.append(f"{folder.name} {resumed}")
-        train(stage, folder, resumed=resumed)
+        train(stage, folder, resumed=resumed, world=world)
 
     after = pretrained_for(config, run, trained)
     assert started == ["para False"]

@@ -198,7 +198,9 @@ def test_without_dropout_a_bf16_run_compares_in_float32(tiny_bert: Path, tmp_pat
         forward, dropout = PackedForward(assembly.model, torch.device("cpu"), dtype), DropoutStream(0, 1)
         data = {name: splits["train"] for name, splits in assembly.data.items()}
         result = forward(plan_passes(plan_of(1), data, 4096)[0], dropout)
-        run = TrainingPass(forward, result, dropout=dropout, segments=None, examples={}, step=1, progress=0.0)
+        run = TrainingPass(
+            forward, result, dropout=dropout, segments=None, examples={}, shares=(), step=1, progress=0.0
+        )
         losses[dtype] = objective.losses(run)
     assert batch.tokens == run.sub_batch(TASKS).tokens
     for task in TASKS:

@@ -68,7 +68,9 @@ def one_pass(assembly: Assembly, dtype: torch.dtype = torch.float64) -> tuple[Tr
     forward = PackedForward(assembly.model, torch.device("cpu"), dtype)
     dropout = DropoutStream(assembly.config.seed, STEP)
     result = forward(requests, dropout)
-    run = TrainingPass(forward, result, dropout=dropout, segments=None, examples={}, step=STEP, progress=0.0)
+    run = TrainingPass(
+        forward, result, dropout=dropout, segments=None, examples={}, shares=(), step=STEP, progress=0.0
+    )
     return run, pack(requests)
 
 

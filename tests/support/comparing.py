@@ -103,6 +103,10 @@ class BagPass:
     def segment(self, stream: str) -> Segment | None:
         return next((s for s in self.segments if s.stream == stream), None)
 
+    def examples_by_rank(self, stream: str) -> list[np.ndarray]:
+        segment = self.segment(stream)
+        return [np.zeros(0, dtype=np.int64) if segment is None else segment.examples]
+
 
 def bag(text: Text, vectors: Tensor) -> Tensor:
     """The row of a text in a BagPass without deviations."""
