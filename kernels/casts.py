@@ -21,6 +21,8 @@ class _Cast(NamedTuple):
     version: int
     address: int
     value: Tensor
+    captured: bool
+    """Whether a CUDA graph makes it: then it holds nothing but what the graph's replays put there."""
 
 
 class WeightCasts:
@@ -50,8 +52,8 @@ class WeightCasts:
         self._kept = {
             key: cast
             for key, cast in self._kept.items()
-            # What a graph has captured holds nothing before its first replay.
-            if key[0] in self._frozen and not _is_capturing(cast.value)
+            # A cast from before a capture stays: the graph reads it where it lies.
+            if key[0] in self._frozen and not cast.captured
         }
 
     def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,7 +65,7 @@ class WeightCasts:
             # An evaluation's inference tensors could not serve a training step.
             with torch.inference_mode(False), torch.no_grad():
                 value = parameter.detach().to(dtype)
-            found = self._kept[key] = _Cast(parameter, version, address, value)
+            found = self._kept[key] = _Cast(parameter, version, address, value, _is_capturing(value))
         return found.value
 
 

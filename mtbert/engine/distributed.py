@@ -47,6 +47,10 @@ _POLL_SECONDS = 0.1
 _SMALL_BYTES = 1 << 20
 """Tensors up to this size are summed together in one buffer, larger ones each in place."""
 _FAILED, _TROUBLE, _ALIVE, _DONE, _LEFT = "failed", "trouble", "alive", "done", "left"
+_BEAT = "beat"
+"""Counts while rank 0 lives: the others wait for its last work without an exchange that would notice its end."""
+_SILENCE_SECONDS = 60.0
+"""Without a beat, after which rank 0 is taken to be gone."""
 
 T = TypeVar("T")
 
@@ -317,13 +321,22 @@ class Ranks(World):
             with self._exchange("the end of the run"), self._store_lock:
                 self._store.set(_DONE, "")
             return
+        beat, heard = 0, time.monotonic()
         while True:
             with self._exchange("the end of the run"):
                 if self._there(_DONE):
                     return
                 failed = self._there(_FAILED)
+                with self._store_lock:
+                    latest = self._store.add(_BEAT, 0)
             if failed:
                 raise _ConnectionLost("the end of the run: another rank failed")
+            if latest != beat:
+                beat, heard = latest, time.monotonic()
+            elif time.monotonic() > heard + _SILENCE_SECONDS:
+                raise _ConnectionLost(
+                    f"the end of the run: rank 0 gave no sign of life for {_SILENCE_SECONDS:g} s"
+                )
             time.sleep(_POLL_SECONDS)
 
     def check_same(self, digests: Mapping[str, str]) -> None:
@@ -444,6 +457,9 @@ class Ranks(World):
         answered, failed_at = False, math.inf
         while not self._over.wait(_POLL_SECONDS):
             try:
+                if self.is_main:
+                    with self._store_lock:
+                        self._store.add(_BEAT, 1)
                 if not answered and self._there(_TROUBLE):
                     with self._store_lock:
                         self._store.set(f"{_ALIVE}/{self.rank}", "")

@@ -131,6 +131,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             "precision",
             "max_tokens",
             "checkpointing",
+            "input",
             "device",
             "threads",
             "kernels",
@@ -157,12 +158,22 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
 
     if settings.mlm_epochs > 0:
         start = add(
-            MLM, tasks=list(config.tasks), task=dict(config.task), pretraining=replace(settings, task=None)
+            MLM,
+            tasks=list(config.tasks),
+            task=dict(config.task),
+            pretraining=replace(settings, task=None),
+            graphs="off",  # every step hides another number of tokens
         )
     if settings.task is not None:
         task = config.task.get(settings.task, TaskConfig())
         task = replace(task, loss=replace(task.loss, weight=task.loss.weight or 1.0))
-        add(settings.task, tasks=[settings.task], task={settings.task: task}, epochs=settings.task_epochs)
+        add(
+            settings.task,
+            tasks=[settings.task],
+            task={settings.task: task},
+            epochs=settings.task_epochs,
+            graphs=config.graphs,
+        )
     return planned
 
 

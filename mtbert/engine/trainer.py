@@ -25,6 +25,7 @@ from mtbert.engine.interruptions import stop_requests
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
 from mtbert.engine.step import StepResult
+from mtbert.engine.step_numbers import OnTheWay
 from mtbert.engine.tensorboard import Listener
 from mtbert.engine.window import Window
 from mtbert.errors import CheckpointError, ConfigError, Interrupted
@@ -168,7 +169,7 @@ class Trainer:
         self.total_steps = curriculum.total_steps
         self.progress = Progress()
         self._window = Window()
-        self._pending: StepResult | None = None
+        self._pending: OnTheWay | None = None
         self._inputs = InputPipeline(
             curriculum, train_step.prepare, ahead=inputs.steps_ahead(device), evaluates=self._evaluates_after
         )
@@ -190,7 +191,7 @@ class Trainer:
                     with span("synchronize"):
                         self._collect()
                     elapsed = time.perf_counter() - started
-                self._pending = result
+                self._pending = OnTheWay(result)
                 progress.step += 1
                 progress.seconds += elapsed
                 progress.tokens += result.tokens
@@ -245,11 +246,12 @@ class Trainer:
         )
 
     def _collect(self) -> None:
-        """Read the last step's figures (the device has finished it, or nearly) and stop if they are not finite."""
+        """Read the last step's figures, while the device works on the next, and stop if they are not finite."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.check()
-            self._window.add(pending)
+            result = pending.result()
+            result.check()
+            self._window.add(result)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.log is not None:

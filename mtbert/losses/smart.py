@@ -188,6 +188,11 @@ class SmartObjective(Objective):
         """The share of this pass in each task's mean over the step."""
         streams = [s.stream for s in run.segments if s.stream in self.divergences]
         if not streams:
+            # What comes after this objective has the same masks, whichever passes or ranks hold its rows.
+            for _ in range(
+                1 if self.config.masks == "same" else self.config.steps + 1 + (not self.independent)
+            ):
+                run.fresh_dropout()
             return {}
         masks = self._masks(run)
         clean = run.outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from support.assembly import tiny_config
 from support.ranks import RankGroup, environment_of, rank_group
 
 from mtbert.config import TrainConfig
+from mtbert.engine import distributed
 from mtbert.engine.distributed import ALONE, refuse_ranks
 from mtbert.errors import ConfigError
 from mtbert.losses.bregman import BregmanConfig
@@ -239,3 +242,27 @@ def test_programs_for_one_process_refuse_several(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         refuse_ranks("this program")
+
+
+class SilentStore:
+    """A store that outlives rank 0, which was killed before it could say anything."""
+
+    def __init__(self, beats: int) -> None:
+        self.beats = beats
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def add(self, key: str, amount: int) -> int:
+        self.beats = max(0, self.beats - 1)
+        return -self.beats
+
+
+def test_the_end_of_a_dead_rank_0_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_SILENCE_SECONDS", 0.3)
+    ranks = object.__new__(distributed.Ranks)
+    ranks.rank, ranks._store, ranks._store_lock = 1, SilentStore(beats=4), threading.Lock()  # type: ignore[assignment]
+    begin = time.monotonic()
+    with pytest.raises(distributed._ConnectionLost, match="rank 0 gave no sign of life for 0.3 s"):
+        ranks.wait_for_main()
+    assert 0.5 < time.monotonic() - begin < 10  # four beats, then silence

@@ -363,3 +363,12 @@ def test_fewer_layers_stay_fewer(config: TrainConfig, tmp_path: Path) -> None:
     config.pretraining = dataclasses.replace(BOTH, task=None, mlm_epochs=0.2)
     after = pretrained_for(config, tmp_path / "run")
     assert load_config(after.model.pretrained).num_hidden_layers == 2
+
+
+def test_stages_have_the_run_s_input_and_graphs(config: TrainConfig, tmp_path: Path) -> None:
+    """But masked words are another number in every step, which no graph can hold."""
+    config.graphs, config.input.ahead = "on", 5
+    found = {
+        stage.name: (stage.config.graphs, stage.config.input.ahead) for stage in stages(config, tmp_path)
+    }
+    assert found == {"mlm": ("off", 5), "para": ("on", 5)}

@@ -178,3 +178,19 @@ def test_the_gradient_goes_to_the_parameter(operation: str) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other)
+
+
+def test_a_cast_from_before_a_capture_stays_where_the_graph_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cast within the capture is made by its replays alone, and serves nothing else."""
+    early, late = (torch.nn.Parameter(torch.randn(4, 4), requires_grad=False) for _ in range(2))
+    casts = WeightCasts([early, late])
+    with casts:
+        before = cast_weight(early, BF16)
+    monkeypatch.setattr("mtbert.kernels.casts._is_capturing", lambda _: True)
+    with casts:
+        assert cast_weight(early, BF16) is before
+        within = cast_weight(late, BF16)
+    monkeypatch.undo()
+    with casts:
+        assert cast_weight(early, BF16) is before
+        assert cast_weight(late, BF16) is not within

@@ -427,3 +427,27 @@ def test_impossible_for_these_tasks(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         assemble(tiny_config(tiny_bert, tmp_path, smart=smart, mode=mode))
+
+
+@pytest.mark.parametrize("masks", ["fresh", "same"])
+@pytest.mark.parametrize("hidden", [0.0, 0.1], ids=["nothing drops", "the encoder drops"])
+def test_masks_after_it_do_not_depend_on_which_pass_holds_its_rows(
+    tiny_bert: Path, tmp_path: Path, masks: Any, hidden: float
+) -> None:
+    """Passes and ranks without its rows number the next masks as those with them."""
+    config = tiny_config(tiny_bert, tmp_path, smart=SmartConfig(tasks=["sst"], masks=masks, steps=2))
+    config.model.dropout = DropoutRates(embedding=hidden, attention=hidden, hidden=hidden)
+    assembly = assemble(config)
+    numbers = []
+    for tasks in (["sst", "para"], ["para"]):
+        data = {name: assembly.data[name]["train"] for name in tasks}
+        (requests,) = plan_passes({name: np.arange(ROWS) for name in tasks}, data, 4096)
+        forward = PackedForward(assembly.model, torch.device("cpu"), torch.float64)
+        dropout = DropoutStream(assembly.config.seed, STEP)
+        result = forward(requests, dropout)
+        run = TrainingPass(
+            forward, result, dropout=dropout, segments=None, examples={}, shares=(), step=STEP, progress=0.0
+        )
+        objective_of(assembly).losses(run)
+        numbers.append(run.fresh_dropout().forward_pass)
+    assert numbers[0] == numbers[1] > 1
