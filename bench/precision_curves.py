@@ -1,6 +1,6 @@
 """Loss curves of bf16 against float32, and of a planted error beside them.
 
-    python -m bench.precision_curves --data DIR     docs/precision.png and bench/results/precision-curves.json
+    python -m bench.precision_curves --data DIR     docs/precision.png and docs/precision-curves.json
     python -m bench.precision_curves --plot         the picture of the recorded curves again
 
 The first steps of fine-tuning MiniLM on three tasks: for every seed the same initial heads, batches and dropout masks
@@ -31,7 +31,7 @@ from mtbert.optim.schedule import factor, set_learning_rate
 from mtbert.tasks.config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "bench" / "results" / "precision-curves.json"
+RECORD = ROOT / "docs" / "precision-curves.json"
 PICTURE = ROOT / "docs" / "precision.png"
 FLOAT32, BF16, BROKEN = "float32", "bf16", "bf16, master weights in bf16"
 SMOOTHED = 30

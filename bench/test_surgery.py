@@ -38,8 +38,8 @@ def test_gradient_surgery(
     held = {"bytes": 0}
     whole = OnePassGradients._task_gradients
 
-    def counted(self: OnePassGradients) -> Any:
-        found = whole(self)
+    def counted(self: OnePassGradients, summed: Any) -> Any:
+        found = whole(self, summed)
         held["bytes"] = sum(gradient.numel() * gradient.element_size() for _, gradient in found)
         return found
 

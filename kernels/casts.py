@@ -17,12 +17,14 @@ from torch import Tensor
 
 class _Cast(NamedTuple):
     source: Tensor
-    """The parameter: keeping it keeps its id."""
+    """The parameter, or the part of it: keeping it keeps its memory."""
     version: int
-    address: int
     value: Tensor
     captured: bool
     """Whether a CUDA graph makes it: then it holds nothing but what the graph's replays put there."""
+
+
+_Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
 class WeightCasts:
@@ -35,8 +37,8 @@ class WeightCasts:
     """
 
     def __init__(self, frozen: Iterable[Tensor] = ()) -> None:
-        self._frozen = {id(parameter): parameter for parameter in frozen}
-        self._kept: dict[tuple[int, torch.dtype], _Cast] = {}
+        self._frozen = list(frozen)
+        self._kept: dict[_Key, _Cast] = {}
         self._before: WeightCasts | None = None
 
     def __enter__(self) -> WeightCasts:
@@ -49,23 +51,24 @@ class WeightCasts:
     ) -> None:
         global _active
         _active, self._before = self._before, None
+        frozen = {parameter.untyped_storage().data_ptr() for parameter in self._frozen}
         self._kept = {
             key: cast
             for key, cast in self._kept.items()
             # A cast from before a capture stays: the graph reads it where it lies.
-            if key[0] in self._frozen and not cast.captured
+            if cast.source.untyped_storage().data_ptr() in frozen and not cast.captured
         }
 
     def of(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """The parameter in `dtype`, without a gradient."""
-        key = (id(parameter), dtype)
-        found = self._kept.get(key)
-        version, address = parameter._version, parameter.data_ptr()
-        if found is None or found.version != version or found.address != address:
+        # By its memory: a part of a fused weight is another tensor object in every pass.
+        key = (parameter.data_ptr(), parameter.shape, parameter.stride(), dtype)
+        found, version = self._kept.get(key), parameter._version
+        if found is None or found.version != version:
             # An evaluation's inference tensors could not serve a training step.
             with torch.inference_mode(False), torch.no_grad():
                 value = parameter.detach().to(dtype)
-            found = self._kept[key] = _Cast(parameter, version, address, value, _is_capturing(value))
+            found = self._kept[key] = _Cast(parameter.detach(), version, value, _is_capturing(value))
         return found.value
 
 

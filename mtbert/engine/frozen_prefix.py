@@ -187,6 +187,7 @@ class PrefixForward(PackedForward):
             encoder.config,
             self.layers,
             str(self.dtype),
+            torch.backends.cuda.matmul.fp32_precision if self.device.type == "cuda" else None,
             str(torch.__version__),
             device_name(self.device),
             torch.backends.cpu.get_cpu_capability(),
