@@ -57,7 +57,7 @@ def test_the_distributions_are_those_of_the_tables(shared_data: Path, minilm: Pa
         drawn = []
         for name, share in names.items():
             table, config = tables[name]["train"], TaskConfig(max_length=longest)
-            rows = tokenise(_rows(table, generator.permutation(len(table))[:each]), tokeniser)
+            rows = tokenise(_rows(table, generator.permutation(len(table))[:each], 1), tokeniser)
             data = TaskData(name, rows, form=form_of(tasks[name], config), max_length=longest)
             even = np.quantile(data.lengths, (np.arange(each) + 0.5) / each, method="nearest")
             drawn.append(np.repeat(even, share))

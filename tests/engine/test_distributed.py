@@ -263,6 +263,6 @@ def test_the_end_of_a_dead_rank_0_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     ranks = object.__new__(distributed.Ranks)
     ranks.rank, ranks._store, ranks._store_lock = 1, SilentStore(beats=4), threading.Lock()  # type: ignore[assignment]
     begin = time.monotonic()
-    with pytest.raises(distributed._ConnectionLost, match="rank 0 gave no sign of life for 0.3 s"):
+    with pytest.raises(distributed._ConnectionLost, match=r"rank 0 gave no sign of life for 0\.3 s"):
         ranks.wait_for_main()
     assert 0.5 < time.monotonic() - begin < 10  # four beats, then silence
