@@ -93,6 +93,9 @@ def _header(run: Run) -> str:
         ("tasks", ", ".join(run.tasks)),
         ("device", info.get("device")),
         ("threads", info.get("threads")),
+        ("ranks", info.get("ranks") if info.get("ranks") != 1 else None),
+        ("precision", info.get("precision")),
+        ("gradient checkpointing", run.checkpointing),
         ("parameters", _parameters(info.get("parameters"))),
         ("frozen layers", run.frozen_layers),
         (

@@ -71,6 +71,15 @@ class Run:
         facts = self.info.get("frozen_layers")
         return frozen_layers_text(facts) if isinstance(facts, dict) and not self.features_cached else None
 
+    @property
+    def checkpointing(self) -> str | None:
+        """What gradient checkpointing computed again; None where it was off."""
+        found = self.config().get("checkpointing")
+        if not isinstance(found, dict) or found.get("mode") in (None, "none"):
+            return None
+        every = found.get("every", 1)
+        return f"{found['mode']}" + (f", every {every} layers" if every != 1 else "")
+
     def config(self) -> dict[str, Any]:
         """config.yaml as nested dictionaries."""
         try:
