@@ -2,8 +2,11 @@
 
 A packed batch has as many rows and tokens as its examples happen to have. Here every stream gets a fixed number of
 both: its examples, then rows of filler that close its segment. A filler row has no label and weight 0; its hidden
-states are computed and read by nobody (see `mtbert.engine.forward.run_model`), so that whatever it holds reaches no
-loss and no gradient.
+states are computed and read by nobody (see `mtbert.engine.forward.run_model`), so that no finite value that it holds
+reaches a loss or a gradient. One that is not finite would reach the gradient, which has its products with 0. So filler
+is what its segment holds, again: its embeddings are finite where those of the examples are. The layers above mix them in
+other ways than the examples': where an activation overflows in a filler row alone, the step is skipped as any other one
+that overflows.
 """
 
 from __future__ import annotations
@@ -114,11 +117,12 @@ def _rounded(number: int, multiple: int) -> int:
 def pad(batch: PackedBatch, shape: PassShape) -> PackedBatch:
     """The batch with filler rows behind the rows of each segment, as many as the shape says.
 
-    The filler's tokens are word 0 at position 0. Segments keep the numbers and ids of their examples; labels and
-    weights get zeros for the examples that filler rows would be. ValueError for a batch that does not fit.
+    The filler's tokens are those of the segment, again and again from its first, each at its own position. Segments keep
+    the numbers and ids of their examples; labels and weights get zeros for the examples that filler rows would be.
+    ValueError for a batch that does not fit.
     """
     tokens = sum(stream.tokens for stream in shape.streams)
-    fields = [np.zeros(tokens, dtype=np.int32) for _ in range(4)]
+    fields = [np.empty(tokens, dtype=np.int32) for _ in range(4)]
     sources = [
         each.numpy()
         for each in (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.dropout_row)
@@ -138,7 +142,7 @@ def pad(batch: PackedBatch, shape: PassShape) -> PackedBatch:
         lengths += [np.diff(own), filled]
         for field, source in zip(fields, sources, strict=True):
             held = source[segment.tokens.start : segment.tokens.stop]
-            field[first_token : first_token + len(held)] = held
+            field[first_token : first_token + stream.tokens] = np.resize(held, stream.tokens)
         segments.append(_padded(segment, stream, first_row, first_token))
         first_row, first_token = first_row + stream.rows, first_token + stream.tokens
     bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(lengths))])

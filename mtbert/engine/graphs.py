@@ -12,6 +12,7 @@ compiled and the optimizer's state comes into being. These are steps of the trai
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -71,7 +72,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._sharing: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """The graphs that live in the pool."""
 
     def run(self, work: Callable[[], T]) -> T:
         """Do it on the stream of the graphs."""
@@ -85,10 +88,31 @@ class CudaRecorder:
     def record(self, work: Callable[[], Any]) -> Recorded:
         """Capture it; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that makes input ready allocates pinned memory meanwhile, which is none of this.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
-        return Recorded(result, graph.replay, done=False)
+        if not self._sharing:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream(self.device)
+        result, failure = None, None
+        try:
+            # thread_local: the thread that makes input ready allocates pinned memory meanwhile, which is none of this.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    result = work()
+                except BaseException as error:  # the end of a capture that it broke raises, too, and says less
+                    failure = error
+        except RuntimeError as error:
+            failure = failure or error
+        finally:
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own when the capture's end raises
+        if failure is None:
+            self._sharing.add(graph)
+            return Recorded(result, graph.replay, done=False)
+        self._sharing.clear()  # what a broken capture has left in the pool is no other graph's
+        if not isinstance(failure, Exception):
+            raise failure
+        # Without its frames, which hold the tensors of the capture.
+        raise RuntimeError(str(failure) or repr(failure)) from failure.with_traceback(None)
 
 
 class StepGraphs:
@@ -103,18 +127,21 @@ class StepGraphs:
         self._recorder = recorder
         self._most, self._warm_up = most, warm_up
         self._entries: dict[object, _Entry] = {}
+        self._trained: tuple[bool, ...] = ()
 
     def run(self, ready: PreparedStep, progress: float = 0.0) -> StepResult:
         """Train on what was prepared."""
         if ready.shape is None:
             return self._without(ready.unfit, ready, progress)
-        # What gradual unfreezing has frozen has no gradients in the graph.
-        key = (ready.shape, tuple(p.requires_grad for p in self.step.parameters))
-        entry = self._entries.get(key)
+        trained = tuple(p.requires_grad for p in self.step.parameters)
+        if trained != self._trained:  # gradual unfreezing: the graphs know nothing of the gradients of others
+            self.forget()
+            self._trained = trained
+        entry = self._entries.get(ready.shape)
         if entry is None:
             if len(self._entries) == self._most:
                 return self._without(f"more than {self._most} shapes", ready, progress)
-            entry = self._entries[key] = _Entry(ready, self.step.forward.device)
+            entry = self._entries[ready.shape] = _Entry(ready, self.step.forward.device)
         if entry.problem:
             return self._without(entry.problem, ready, progress)
         entry.load(ready)
@@ -137,7 +164,7 @@ class StepGraphs:
         return entry.result(entry.recorded.result.clone(), ready)
 
     def forget(self) -> None:
-        """Drop all captured steps: what they read or write has been replaced."""
+        """Drop all captured steps: what they read or write has been replaced, or they train other parameters."""
         self._entries.clear()
 
     def summary(self) -> str:
@@ -247,8 +274,8 @@ def obstacles(config: TrainConfig, step: TrainStep, curriculum: Curriculum) -> l
     found = {
         f"the device is {device.type}, and CUDA graphs need a GPU": device.type != "cuda",
         f"mode {config.mode} reads cached features": not isinstance(step.forward, PackedForward),
-        "the outputs of frozen layers come from files (frozen_cache)": isinstance(
-            step.forward, PrefixForward
+        "the outputs of frozen layers come from files (frozen_cache)": (
+            isinstance(step.forward, PrefixForward) and step.forward.serves
         ),
         f"{', '.join(o.name for o in step.objectives)} choose rows on the host": bool(step.objectives),
         f"curriculum.mixing {config.curriculum.mixing} changes the tasks' rows": curriculum.follows_scores,

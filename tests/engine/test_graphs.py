@@ -7,20 +7,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from support.assembly import Assembly
+from support.assembly import Assembly, assemble, tiny_config
 from support.steps import CASES, configured
 from support.tape import TapeRecorder
 
 from mtbert.curriculum import Plan
 from mtbert.data.padding import measure_budgets
 from mtbert.engine.build import curriculum_of
-from mtbert.engine.graphs import Recorded, StepGraphs, enable, make_capturable, use_graphs
+from mtbert.engine.frozen_prefix import FrozenCacheConfig, PrefixForward
+from mtbert.engine.graphs import (
+    CudaRecorder,
+    Recorded,
+    StepGraphs,
+    enable,
+    make_capturable,
+    obstacles,
+    use_graphs,
+)
 from mtbert.engine.step import PreparedStep, StepResult
 from mtbert.errors import ConfigError, NonFiniteError
 from mtbert.model.multitask import MultiTaskModel
@@ -120,16 +130,22 @@ def test_a_bad_step_spares_the_weights_and_names_its_own_examples(tiny_bert: Pat
     assert all(ids[example] in str(caught.value) for example in plan["para"])
 
 
-def test_a_frozen_parameter_makes_another_graph(tiny_bert: Path, tmp_path: Path) -> None:
+def test_gradual_unfreezing_makes_other_graphs_and_keeps_none_of_those_before(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     assembly = configured(tiny_bert, tmp_path, "one pass")
-    graphs = captured(assembly, TapeRecorder(), warm_up=1)
-    train(assembly, 3)
-    frozen = assembly.model.encoder.layers[0].intermediate.weight
-    frozen.requires_grad_(False)
-    before, warm = frozen.detach().clone(), graphs.counts["warm-up"]
-    train(assembly, 3)
-    assert torch.equal(frozen, before)
-    assert graphs.counts["warm-up"] > warm
+    graphs = captured(assembly, TapeRecorder(), warm_up=1, most=2)
+    thawed = list(assembly.model.encoder.layers[0].parameters())
+    for phase in range(4):
+        for number, parameter in enumerate(thawed):
+            parameter.requires_grad_(number < phase)
+        before, warm = [p.detach().clone() for p in thawed], graphs.counts["warm-up"]
+        train(assembly, 4)
+        moved = [not torch.equal(p, held) for p, held in zip(thawed, before, strict=True)]
+        assert moved == [number < phase for number in range(len(thawed))]
+        assert graphs.counts["warm-up"] > warm
+        assert len(graphs._entries) <= 2
+    assert graphs.counts.keys() == {"warm-up", "replayed"}
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac", "cagrad", "nash", "upgrad"])
@@ -180,6 +196,79 @@ def test_a_failed_capture_costs_no_step(
     assert_same(state(mine), state(twin))
     assert "operation not permitted when stream is capturing" in graphs.summary()
     assert 0 < len(caplog.records) <= len(graphs._entries)
+
+
+class BrokenCapture:
+    """A CUDA graph whose capture ends with an error, as after an operation that breaks it; knows its pool."""
+
+    pools: ClassVar[list[object]] = []
+    breaks = True
+
+    def capture_begin(self, pool: object, **options: Any) -> None:
+        self.pools.append(pool)
+
+    def capture_end(self) -> None:
+        if self.breaks:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        """Nothing."""
+
+
+def test_a_broken_capture_names_its_reason_and_leaves_the_stream_and_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current = ["the training's"]
+
+    class Entered:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before = current[-1]
+            current.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            current.append(self.before)
+
+    pools = iter(range(9))
+    fakes = {
+        "CUDAGraph": BrokenCapture,
+        "Stream": lambda device: "the graphs'",
+        "stream": Entered,
+        "current_stream": lambda device: current[-1],
+        "set_stream": current.append,
+        "graph_pool_handle": lambda: next(pools),
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(BrokenCapture, "pools", [])
+    recorder = CudaRecorder(torch.device("cuda"))
+
+    def work(error: BaseException | None) -> str:
+        assert current[-1] == "the graphs'"
+        if error is not None:
+            raise error
+        return "done"
+
+    errors = [RuntimeError("the reason"), TypeError("the reason"), KeyboardInterrupt("the reason"), None]
+    for breaks in (True, False):
+        monkeypatch.setattr(BrokenCapture, "breaks", breaks)
+        for error in errors[: 4 if breaks else 3]:
+            expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RuntimeError
+            with pytest.raises(expected, match="the reason" if error else "previous error during capture"):
+                recorder.record(partial(work, error))
+            assert current[-1] == "the training's"
+    assert BrokenCapture.pools == list(range(7)), "what is broken shares no pool"
+    kept = [recorder.record(partial(work, None)), recorder.record(partial(work, None))]
+    assert [each.result for each in kept] == ["done", "done"]
+    assert BrokenCapture.pools[7:] == [7, 7]
+    kept.clear()
+    recorder.record(partial(work, None))
+    assert BrokenCapture.pools[9:] == [8], "a pool ends with its last graph"
 
 
 def test_shapes_beyond_the_bound_and_steps_without_one_are_counted(tiny_bert: Path, tmp_path: Path) -> None:
@@ -245,3 +334,15 @@ def test_why_a_run_has_no_graphs(tiny_bert: Path, tmp_path: Path) -> None:
     config = replace(assembly.config, graphs="on", profile="nvtx")
     with pytest.raises(ConfigError, match=r"graphs: on is not possible: the device is cpu.*profile nvtx"):
         use_graphs(config, assembly.step, curriculum)
+
+
+@pytest.mark.parametrize(("most_gib", "served"), [(1.0, True), (1e-9, False)])
+def test_files_of_frozen_layers_stand_in_the_way_only_while_they_are_read(
+    tiny_bert: Path, tmp_path: Path, most_gib: float, served: bool
+) -> None:
+    config = tiny_config(tiny_bert, tmp_path, mode="full", frozen_cache=FrozenCacheConfig("auto", most_gib))
+    config.model = replace(config.model, trained_layers=1, frozen_dropout=False)
+    assembly = assemble(config)
+    assert isinstance(assembly.forward, PrefixForward)
+    found = obstacles(config, assembly.step, curriculum_of(config, assembly.batches))
+    assert any("frozen_cache" in reason for reason in found) == served

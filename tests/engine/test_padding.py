@@ -91,6 +91,33 @@ def test_a_padded_step_is_the_step_as_it_comes(tiny_bert: Path, tmp_path: Path, 
             assert torch.equal(result.gradients.combined.altered, expected.gradients.combined.altered)
 
 
+@pytest.mark.parametrize("case", ["summed", "one pass", "a pass a task"])
+def test_words_that_no_example_holds_need_not_be_finite(tiny_bert: Path, tmp_path: Path, case: str) -> None:
+    assembly = configured(tiny_bert, tmp_path, case)
+    plan = plan_of(assembly)
+    requests = [Request(assembly.step.data[name], rows, 0, 1.0) for name, rows in plan.items()]
+    embeddings, batch = assembly.model.encoder.embeddings, pack(requests)
+    with torch.no_grad():
+        for table, held in (
+            (embeddings.word, batch.input_ids),
+            (embeddings.position, batch.position_ids),
+            (embeddings.token_type, batch.token_type_ids),
+        ):
+            unread = torch.ones(len(table), dtype=torch.bool)
+            unread[held.long()] = False
+            table[unread] = float("inf")
+    assert torch.isinf(embeddings.word[0]).all(), "[PAD]"
+    expected, wanted = gradients(assembly, assembly.step.prepare(plan, STEP))
+    assembly.step.budgets = budgets_of(assembly)
+    ready = assembly.step.prepare(plan, STEP)
+    assert ready.shape is not None, ready.unfit
+    result, found = gradients(assembly, ready)
+    assert bool(expected.finite)
+    assert bool(result.finite)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
 def test_steps_of_full_and_of_smaller_batches_have_one_shape(tiny_bert: Path, tmp_path: Path) -> None:
     assembly = configured(tiny_bert, tmp_path, "one pass")
     assembly.step.budgets = budgets_of(assembly)
@@ -153,6 +180,15 @@ def test_filler_closes_each_segment(tiny_bert: Path, tmp_path: Path) -> None:
         assert int(lengths[after.rows.start : after.rows.stop].sum()) == len(after.tokens)
         assert float(after.weights.sum()) == pytest.approx(1.0)
         assert after.ids == before.ids
+        for field, held in (
+            (padded.input_ids, batch.input_ids),
+            (padded.position_ids, batch.position_ids),
+            (padded.token_type_ids, batch.token_type_ids),
+            (padded.dropout_row, batch.dropout_row),
+        ):
+            cycle = held[before.tokens.start : before.tokens.stop]
+            again = field[after.tokens.start : after.tokens.stop]
+            assert torch.equal(again, cycle.repeat(9)[: len(again)])
     small = replace(shape, streams=(replace(shape.streams[0], tokens=10), shape.streams[1]))
     with pytest.raises(ValueError, match="sst"):
         pad(batch, small)
