@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from bench.measure import Alternation, Side
-from bench.own import build_step
-from bench.test_input import curriculum_of
+from bench.own import build_step, curriculum_of
 from bench.workload import Workload, build_workload
 from mtbert.config import Mode
-from mtbert.engine.graphs import CudaRecorder, Recorded, Recorder, enable
+from mtbert.engine.capture import CudaRecorder, Recorded, Recorder
+from mtbert.engine.graphs import enable
 from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision
 from mtbert.engine.step import TrainStep

@@ -52,6 +52,8 @@ class Candidate:
     """Only `--full` sessions run it."""
     workload: Workload | None = None
     """Its sentences, where they are not the session's."""
+    only_on: str | None = None
+    """The type of device that it needs, where others cannot run it."""
 
 
 @dataclass
@@ -167,6 +169,8 @@ class Bench:
         missing = [package for package in candidate.needs if not is_installed(package)]
         if missing:
             return f"not installed: {', '.join(missing)}"
+        if candidate.only_on not in (None, self.device.type):
+            return f"needs {candidate.only_on}, the device is {self.device.type}"
         return "only with --full" if candidate.heavy and not self.full else None
 
     def _flops_per_token(self, candidate: Candidate) -> float:

@@ -16,6 +16,8 @@ from bench.measure import Side
 from bench.memory import activation_bytes
 from bench.workload import Workload
 from mtbert.config import Mode, TrainConfig
+from mtbert.curriculum import Curriculum, CurriculumConfig, build_curriculum
+from mtbert.data.batching import TaskBatches
 from mtbert.data.packing import plan_passes
 from mtbert.engine.build import Machine, build_forward, load_model
 from mtbert.engine.features import FrozenForward
@@ -23,7 +25,7 @@ from mtbert.engine.flops import EncoderSizes
 from mtbert.engine.frozen_prefix import PrefixForward, keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.peaks import synchronise
-from mtbert.engine.precision import Precision, compute_dtype
+from mtbert.engine.precision import Precision, compute_dtype, product_settings
 from mtbert.engine.step import StepResult, TrainStep
 from mtbert.engine.torch_profile import TorchProfile
 from mtbert.evaluation.profile import read_profile
@@ -86,21 +88,36 @@ def build_step(
     return step
 
 
+def curriculum_of(workload: Workload) -> Curriculum:
+    """One epoch over the pool."""
+    batches = {
+        name: TaskBatches(data.lengths, len(workload.steps[0][name]), 0, name)
+        for name, data in workload.data.items()
+    }
+    config = CurriculumConfig(epoch_length=len(workload.steps))
+    sizes = {name: len(data) for name, data in workload.data.items()}
+    return build_curriculum(batches, config, sizes=sizes, seed=0, epochs=1)
+
+
 def own_side(name: str, workload: Workload, step: TrainStep, backend: str | None = None) -> Side:
     """One optimizer step a repeat. As in the trainer, the result of a step is checked after the next one.
 
-    backend: the kernels of this side, as `--kernels` names them; None leaves the choice to the environment.
+    backend: the kernels of this side, as `--kernels` names them; None leaves the choice to the environment. Where steps
+    are captured, a figure says which share of them was replayed.
     """
     taken = 0
     before: StepResult | None = None
+    figures: dict[str, float] = {}
 
     def run(repeat: int) -> float:
         nonlocal taken, before
-        with kernels(backend):
+        with kernels(backend), arithmetic(step):
             result = step(workload.steps[repeat % len(workload.steps)], taken)
         if before is not None:
             before.check()
         before, taken = result, taken + 1
+        if step.graphs is not None:
+            figures["replayed_share"] = step.graphs.counts["replayed"] / taken
         return result.tokens
 
     def activations() -> tuple[int, int]:
@@ -111,12 +128,17 @@ def own_side(name: str, workload: Workload, step: TrainStep, backend: str | None
         with kernels(backend):
             return profile_of(step, workload)
 
-    return Side(name, run, activations=activations, profile=profile)
+    return Side(name, run, figures, activations=activations, profile=profile)
 
 
 def kernels(backend: str | None) -> AbstractContextManager[None]:
     """Within, these kernels serve."""
     return nullcontext() if backend is None else dispatch.use_backend(backend)
+
+
+def arithmetic(step: TrainStep) -> AbstractContextManager[None]:
+    """Within, float16 products are added up as in a run; other sides of a comparison keep what PyTorch is set to."""
+    return product_settings("fp16") if step.forward.dtype == torch.float16 else nullcontext()
 
 
 def profile_of(step: TrainStep, workload: Workload) -> dict[str, Any]:

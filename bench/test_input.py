@@ -9,11 +9,9 @@ import pytest
 
 from bench.harness import Bench, Candidate
 from bench.measure import Side
-from bench.own import build_step
+from bench.own import build_step, curriculum_of
 from bench.test_train_step import DTYPES, fast
 from bench.workload import Workload
-from mtbert.curriculum import Curriculum, CurriculumConfig, build_curriculum
-from mtbert.data.batching import TaskBatches
 from mtbert.engine.input_pipeline import InputPipeline
 from mtbert.engine.precision import Precision
 from mtbert.engine.step import StepResult, TrainStep
@@ -56,14 +54,3 @@ def loop_side(name: str, workload: Workload, step: TrainStep, ahead: int) -> Sid
         return tokens
 
     return Side(name, run, figures)
-
-
-def curriculum_of(workload: Workload) -> Curriculum:
-    """One epoch over the pool."""
-    batches = {
-        name: TaskBatches(data.lengths, len(workload.steps[0][name]), 0, name)
-        for name, data in workload.data.items()
-    }
-    config = CurriculumConfig(epoch_length=len(workload.steps))
-    sizes = {name: len(data) for name, data in workload.data.items()}
-    return build_curriculum(batches, config, sizes=sizes, seed=0, epochs=1)

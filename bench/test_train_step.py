@@ -11,17 +11,18 @@ import torch
 from bench.comparison import Goal
 from bench.harness import Bench, Candidate
 from bench.measure import Side
-from bench.own import build_step, frozen_side, own_side
+from bench.own import build_step, curriculum_of, frozen_side, own_side
 from bench.papers_peer import PapersLoop, papers_side
 from bench.peers import BATCH, PlainLoop, loop_side
 from bench.trainer_peer import NEEDS, TrainerLoop, trainer_side
 from bench.workload import Workload, build_workload
 from mtbert.config import Mode
+from mtbert.engine.capture import CudaRecorder
 from mtbert.engine.flops import Pass
-from mtbert.engine.precision import Precision, has_fast_bf16
+from mtbert.engine.graphs import enable
+from mtbert.engine.precision import DTYPES, Precision, has_fast_bf16
 from mtbert.model.lora import PROJECTIONS, LoraConfig
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 QUERY_VALUE = LoraConfig()
 EVERYWHERE = LoraConfig(projections=list(PROJECTIONS))  # type: ignore[arg-type]
 
@@ -36,18 +37,25 @@ def own(
     backend: str | None = None,
     heavy: bool = False,
     workload: Workload | None = None,
+    graphs: bool = False,
+    only_on: str | None = None,
 ) -> Candidate:
-    """A side of mtbert. backend: its kernels, as `--kernels` names them."""
+    """A side of mtbert. backend: its kernels, as `--kernels` names them. graphs: captures its steps, on a GPU."""
 
     def build() -> Side:
         sentences = workload or bench.workload
         step = build_step(sentences, bench.device, mode=mode, precision=precision, lora=lora)
+        if graphs:
+            enable(step, curriculum_of(sentences), CudaRecorder(bench.device))
         if mode == "last-linear-layer":
             return frozen_side(name, sentences, step)
         return own_side(name, sentences, step, backend)
 
     counted: Pass | None = "full" if mode == "full" else "lora" if mode == "lora" else None
-    return Candidate(name, build, DTYPES[precision], counted, lora, heavy=heavy, workload=workload)
+    only_on = "cuda" if graphs else only_on
+    return Candidate(
+        name, build, DTYPES[precision], counted, lora, heavy=heavy, workload=workload, only_on=only_on
+    )
 
 
 def peer(
@@ -111,6 +119,8 @@ def test_full_fine_tuning(bench: Bench, benchmark: Any, fast: Precision) -> None
         "full fine-tuning",
         [
             own(bench, mtbert, fast),
+            own(bench, f"{mtbert}, graphs", fast, graphs=True),
+            own(bench, "mtbert full fp16", "fp16", heavy=True, only_on="cuda"),
             own(bench, f"{mtbert}, plain kernels", fast, backend="reference", heavy=True),
             peer(bench, bucketed, fast, bucketed=True),
             peer(

@@ -27,7 +27,7 @@ from mtbert.engine.build import (
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.distributed import ALONE, World, on_all_ranks
 from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
-from mtbert.engine.forward import Forward
+from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.frozen_prefix import PrefixForward, describe_frozen
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
@@ -195,6 +195,8 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: 
                         mode=config.mode,
                         world=world,
                     )
+                if isinstance(forward, PackedForward) and forward.graphs is not None:
+                    logger.info("CUDA graphs, passes without training: %s", forward.graphs.summary())
         if not world.is_main:
             return
         resamples = config.evaluation.resamples

@@ -27,6 +27,8 @@ _SAMPLES = 64
 _TOKENS = 64
 _WORDS = 256
 """Budgets are multiples of these."""
+_LEVELS = 16
+"""Sizes between a number of tokens and twice as many that the passes of evaluations are padded to."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,21 @@ def measure_budgets(
         most = max(len(step.input_ids.unique()) for step in steps)
         words = min(vocabulary, _rounded(most + most // 16, _WORDS))
     return Budgets(streams, words)
+
+
+def coarse_shape(batch: PackedBatch) -> PassShape:
+    """The shape that a pass of an evaluation is padded to, one of few: every batch has one.
+
+    Tokens are rounded up by a sixteenth at most (or to a multiple of 64), the number of examples to a power of two.
+    """
+    streams = []
+    for segment in batch.segments:
+        held, per_example = len(segment.tokens), segment.rows_per_example
+        tokens = _rounded(held, max(_TOKENS, (1 << (held.bit_length() - 1)) // _LEVELS))
+        rows = len(segment.rows) + -(-(tokens - held) // batch.max_seqlen)  # filler rows hold what is added
+        examples = 1 << (-(-rows // per_example) - 1).bit_length()
+        streams.append(StreamShape(segment.stream, examples * per_example, tokens))
+    return PassShape(tuple(streams), batch.max_seqlen)
 
 
 def _rounded(number: int, multiple: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from mtbert.losses.objective import Again
 from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
+
+if TYPE_CHECKING:
+    from mtbert.engine.inference_graphs import InferenceGraphs
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ForwardResult:
     tokens: int
     """Real tokens that the examples hold."""
     batch: PackedBatch | None = None
-    """What the encoder read; None when its features were there already."""
+    """What the encoder read; None when its features were there already, or when a graph has read its buffers."""
 
 
 NOTHING = ForwardResult((), {}, {}, 0)
@@ -96,6 +99,8 @@ class PackedForward:
         self.model = model
         self.device = device
         self.dtype = dtype
+        self.graphs: InferenceGraphs | None = None
+        """Serve the passes of evaluations and predictions, where a run captures them."""
 
     def prepare(self, requests: Sequence[Request], budgets: Budgets | None = None) -> PassInput:
         """Pack, and pad where that is asked for."""
@@ -111,7 +116,9 @@ class PackedForward:
         return PassInput(tuple(requests), tokens, batch, shape, unfit)
 
     def __call__(self, requests: Sequence[Request], dropout: DropoutStream | None) -> ForwardResult:
-        """Pack, and run the model."""
+        """Pack, and run the model; without dropout or gradients by a captured graph, where there is one."""
+        if self.graphs is not None and dropout is None and not torch.is_grad_enabled():
+            return self.graphs.run(requests)
         with span("data"):
             ready = self.prepare(requests)
         return self.run(ready, dropout)

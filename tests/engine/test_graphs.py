@@ -21,16 +21,9 @@ from support.tape import TapeRecorder
 from mtbert.curriculum import Plan
 from mtbert.data.padding import measure_budgets
 from mtbert.engine.build import curriculum_of
+from mtbert.engine.capture import CudaRecorder, Recorded
 from mtbert.engine.frozen_prefix import FrozenCacheConfig, PrefixForward
-from mtbert.engine.graphs import (
-    CudaRecorder,
-    Recorded,
-    StepGraphs,
-    enable,
-    make_capturable,
-    obstacles,
-    use_graphs,
-)
+from mtbert.engine.graphs import StepGraphs, enable, inference_obstacles, make_capturable, use_graphs
 from mtbert.engine.step import PreparedStep, StepResult
 from mtbert.errors import ConfigError, NonFiniteError
 from mtbert.model.multitask import MultiTaskModel
@@ -144,7 +137,7 @@ def test_gradual_unfreezing_makes_other_graphs_and_keeps_none_of_those_before(
         moved = [not torch.equal(p, held) for p, held in zip(thawed, before, strict=True)]
         assert moved == [number < phase for number in range(len(thawed))]
         assert graphs.counts["warm-up"] > warm
-        assert len(graphs._entries) <= 2
+        assert len(graphs._works) <= 2
     assert graphs.counts.keys() == {"warm-up", "replayed"}
 
 
@@ -195,7 +188,7 @@ def test_a_failed_capture_costs_no_step(
             assert_same(numbers(found), numbers(expected))
     assert_same(state(mine), state(twin))
     assert "operation not permitted when stream is capturing" in graphs.summary()
-    assert 0 < len(caplog.records) <= len(graphs._entries)
+    assert 0 < len(caplog.records) <= len(graphs._works)
 
 
 class BrokenCapture:
@@ -344,5 +337,5 @@ def test_files_of_frozen_layers_stand_in_the_way_only_while_they_are_read(
     config.model = replace(config.model, trained_layers=1, frozen_dropout=False)
     assembly = assemble(config)
     assert isinstance(assembly.forward, PrefixForward)
-    found = obstacles(config, assembly.step, curriculum_of(config, assembly.batches))
+    found = inference_obstacles(config, assembly.forward, assembly.step.world)
     assert any("frozen_cache" in reason for reason in found) == served

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mtbert.engine.graphs import Recorded
+from mtbert.engine.capture import Recorded
 
 T = TypeVar("T")
 
