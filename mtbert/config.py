@@ -79,10 +79,10 @@ class TrainConfig:
     compile: bool = False
     """torch.compile for what has no kernels of its own: the heads' layers, the tasks' losses, the loss of masked words.
     Needs a C++ compiler (on a GPU: Triton); what cannot be compiled runs as it is, with a warning."""
-    graphs: Graphs = "off"
+    graphs: Graphs = "never"
     """Capture whole training steps, and the passes of evaluations, in CUDA graphs, which spares their launches: auto,
-    where it is possible; on, or fail with the reason; off. They are padded to fixed shapes then, which adds a few
-    tokens and rounds differently."""
+    where it is possible; always, or fail with the reason; never. They are padded to fixed shapes then, which adds some
+    percent of filler tokens and rounds differently."""
     profile: Profile = "none"
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""

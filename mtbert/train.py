@@ -144,7 +144,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: 
             check_ranks(world, start, facts, parts.model, ())
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, forward, data)
-        if config.graphs != "off":
+        if config.graphs != "never":
             logger.info("CUDA graphs: %s", parts.graphs)
         if isinstance(forward, PrefixForward):  # before the clock of the training runs
             forward.open_files()

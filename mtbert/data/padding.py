@@ -4,8 +4,8 @@ A packed batch has as many rows and tokens as its examples happen to have. Here 
 both: its examples, then rows of filler that close its segment. A filler row has no label and weight 0; its hidden
 states are computed and read by nobody (see `mtbert.engine.forward.run_model`), so that no finite value that it holds
 reaches a loss or a gradient. One that is not finite would reach the gradient, which has its products with 0. So filler
-is what its segment holds, again: its embeddings are finite where those of the examples are. The layers above mix them in
-other ways than the examples': where an activation overflows in a filler row alone, the step is skipped as any other one
+is what its segment holds, again: its embeddings are finite where those of the examples are. The layers above mix them
+in other ways than the examples': where an activation overflows in a filler row alone, the step is skipped as any other one
 that overflows.
 """
 
@@ -134,8 +134,8 @@ def _rounded(number: int, multiple: int) -> int:
 def pad(batch: PackedBatch, shape: PassShape) -> PackedBatch:
     """The batch with filler rows behind the rows of each segment, as many as the shape says.
 
-    The filler's tokens are those of the segment, again and again from its first, each at its own position. Segments keep
-    the numbers and ids of their examples; labels and weights get zeros for the examples that filler rows would be.
+    The filler's tokens are those of the segment, again and again from its first, each at its own position. Segments
+    keep the numbers and ids of their examples; labels and weights get zeros for the examples that filler rows would be.
     ValueError for a batch that does not fit.
     """
     tokens = sum(stream.tokens for stream in shape.streams)

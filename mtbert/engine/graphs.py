@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtbert.config import TrainConfig
     from mtbert.curriculum import Curriculum
 
-Graphs = Literal["off", "auto", "on"]
+Graphs = Literal["never", "auto", "always"]
 
 WARM_UP = 2
 MOST = 16
@@ -131,15 +131,15 @@ def use_graphs(config: TrainConfig, step: TrainStep, curriculum: Curriculum) -> 
     """Have the run's steps and evaluations captured as `config.graphs` says; returns what came of it, for the log and
     the record.
 
-    Raises ConfigError, with the reasons, where they are asked for (`on`) and the steps' cannot be had.
+    Raises ConfigError, with the reasons, where they are asked for (`always`) and the steps' cannot be had.
     """
-    if config.graphs == "off":
+    if config.graphs == "never":
         return "off"
     of_both = inference_obstacles(config, step.forward, step.world)
     of_steps = step_obstacles(config, step, curriculum)
     reasons = "; ".join([*of_both, *of_steps])
-    if config.graphs == "on" and reasons:
-        raise ConfigError(f"graphs: on is not possible: {reasons}; possible: auto, off")
+    if config.graphs == "always" and reasons:
+        raise ConfigError(f"graphs: always is not possible: {reasons}; possible: auto, never")
     if of_both:
         return f"off: {reasons}"
     recorder = CudaRecorder(step.forward.device)

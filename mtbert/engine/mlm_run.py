@@ -138,10 +138,10 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world
         product_settings(config.precision),
     ):
         check_profile(config)
-        if config.graphs == "on":
+        if config.graphs == "always":
             raise ConfigError(
-                "graphs: on is not possible: masked-language modelling hides another number of tokens in every step;"
-                " possible: auto, off"
+                "graphs: always is not possible: masked-language modelling hides another number of tokens in every step;"
+                " possible: auto, never"
             )
         machine = prepare_machine(config, world)
         folder = resolve(config.model.pretrained)

@@ -162,7 +162,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             tasks=list(config.tasks),
             task=dict(config.task),
             pretraining=replace(settings, task=None),
-            graphs="off",  # every step hides another number of tokens
+            graphs="never",  # every step hides another number of tokens
         )
     if settings.task is not None:
         task = config.task.get(settings.task, TaskConfig())

@@ -324,8 +324,8 @@ def test_why_a_run_has_no_graphs(tiny_bert: Path, tmp_path: Path) -> None:
         assert use_graphs(config, assembly.step, curriculum) == expected
     assert assembly.step.graphs is None
     assert assembly.step.budgets is None
-    config = replace(assembly.config, graphs="on", profile="nvtx")
-    with pytest.raises(ConfigError, match=r"graphs: on is not possible: the device is cpu.*profile nvtx"):
+    config = replace(assembly.config, graphs="always", profile="nvtx")
+    with pytest.raises(ConfigError, match=r"graphs: always is not possible: the device is cpu.*profile nvtx"):
         use_graphs(config, assembly.step, curriculum)
 
 

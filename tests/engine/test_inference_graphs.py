@@ -275,8 +275,8 @@ def test_objectives_keep_steps_but_not_evaluations_from_being_captured(
     assert forward.graphs is None
     monkeypatch.setattr(graphs, "CudaRecorder", lambda device: Repeats())
     monkeypatch.setattr(graphs, "inference_obstacles", lambda *_: [])
-    with pytest.raises(ConfigError, match=f"graphs: on is not possible: {hosts}; possible"):
-        graphs.use_graphs(replace(config, graphs="on"), step, curriculum)
+    with pytest.raises(ConfigError, match=f"graphs: always is not possible: {hosts}; possible"):
+        graphs.use_graphs(replace(config, graphs="always"), step, curriculum)
     assert graphs.use_graphs(config, step, curriculum) == f"evaluations only: {hosts}"
     assert step.graphs is None
     assert step.budgets is None

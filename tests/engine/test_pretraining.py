@@ -367,8 +367,8 @@ def test_fewer_layers_stay_fewer(config: TrainConfig, tmp_path: Path) -> None:
 
 def test_stages_have_the_run_s_input_and_graphs(config: TrainConfig, tmp_path: Path) -> None:
     """But masked words are another number in every step, which no graph can hold."""
-    config.graphs, config.input.ahead = "on", 5
+    config.graphs, config.input.ahead = "always", 5
     found = {
         stage.name: (stage.config.graphs, stage.config.input.ahead) for stage in stages(config, tmp_path)
     }
-    assert found == {"mlm": ("off", 5), "para": ("on", 5)}
+    assert found == {"mlm": ("never", 5), "para": ("always", 5)}
