@@ -149,10 +149,12 @@ class Captures(Generic[Given, Result]):
         work = self._works.get(key)
         if work is None:
             if len(self._works) == self._most:
-                return self._refused(f"more than {self._most} shapes")
+                self._refused(f"more than {self._most} shapes")
+                return None
             work = self._works[key] = begin()
         if work.problem:
-            return self._refused(work.problem)
+            self._refused(work.problem)
+            return None
         work.load(given)
         if work.recorded is not None:
             work.recorded.replay()
@@ -167,7 +169,8 @@ class Captures(Generic[Given, Result]):
                 reason = str(error).splitlines()[0] if str(error) else repr(error)
                 work.problem = f"capture failed: {reason}"
                 logger.warning("graphs: %s is not captured: %s", work.name, work.problem)
-                return self._refused(work.problem)
+                self._refused(work.problem)
+                return None
             if not work.recorded.done:
                 work.recorded.replay()
         self.counts["replayed"] += 1
