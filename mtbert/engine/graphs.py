@@ -28,6 +28,7 @@ from mtbert.engine.gradients import GradientReport
 from mtbert.engine.loss_scale import Scaling
 from mtbert.engine.step import PreparedStep, StepResult, TrainStep
 from mtbert.errors import ConfigError
+from mtbert.optim.schedule import move_learning_rates
 from mtbert.optim.surgery import Combined
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class CudaRecorder:
         if not self._sharing:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(self.device)
-        result, failure = None, None
+        result: Any = None
+        failure: BaseException | None = None
         try:
             # thread_local: the thread that makes input ready allocates pinned memory meanwhile, which is none of this.
             with torch.cuda.graph(
@@ -99,8 +101,8 @@ class CudaRecorder:
             ):
                 try:
                     result = work()
-                except BaseException as error:  # the end of a capture that it broke raises, too, and says less
-                    failure = error
+                except BaseException as error:
+                    failure = error  # the end of a capture that this broke raises, too, and says less
         except RuntimeError as error:
             failure = failure or error
         finally:
@@ -314,4 +316,4 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
     """Have the optimizer read its learning rates from the device, where `set_learning_rate` writes them."""
     for group in optimizer.param_groups:
         group["capturable"] = True
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    move_learning_rates(optimizer, device)
