@@ -81,8 +81,9 @@ class TrainConfig:
     Needs a C++ compiler (on a GPU: Triton); what cannot be compiled runs as it is, with a warning."""
     graphs: Graphs = "never"
     """Capture whole training steps, and the passes of evaluations, in CUDA graphs, which spares their launches: auto,
-    where it is possible; always, or fail with the reason; never. They are padded to fixed shapes then, which adds some
-    percent of filler tokens and rounds differently."""
+    where it is possible; always, or fail with the reason; never. They are padded to fixed shapes then, which adds
+    tokens (5.7% in preset minilm on the CS224N tables; the 1.9% of the steps that do not fit are taken one operation
+    after the other) and rounds differently."""
     profile: Profile = "none"
     """nvtx: ranges for NVIDIA Nsight Systems; torch: a trace of some steps, and a section of the report that says where
     their time went. Neither changes what is computed, and with --resume it may be another than before."""

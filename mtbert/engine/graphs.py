@@ -26,6 +26,7 @@ from mtbert.engine.inference_graphs import InferenceGraphs
 from mtbert.engine.step import PreparedStep, StepResult, TrainStep
 from mtbert.engine.step_numbers import flat, refilled
 from mtbert.errors import ConfigError
+from mtbert.optim.schedule import move_learning_rates
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
@@ -170,4 +171,4 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
     """Have the optimizer read its learning rates from the device, where `set_learning_rate` writes them."""
     for group in optimizer.param_groups:
         group["capturable"] = True
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    move_learning_rates(optimizer, device)

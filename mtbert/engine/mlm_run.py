@@ -140,8 +140,8 @@ def run_mlm(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world
         check_profile(config)
         if config.graphs == "always":
             raise ConfigError(
-                "graphs: always is not possible: masked-language modelling hides another number of tokens in every step;"
-                " possible: auto, never"
+                "graphs: always is not possible: masked-language modelling hides another number of tokens in every"
+                " step; possible: auto, never"
             )
         machine = prepare_machine(config, world)
         folder = resolve(config.model.pretrained)

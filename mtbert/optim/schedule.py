@@ -51,9 +51,23 @@ def factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
     """Give every group `share` of its own peak; returns the largest, for the log."""
     rates = [group["peak_lr"] * share for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)  # where a captured step reads it
-        else:
+    moved: torch.Tensor | None = getattr(optimizer, "moved_learning_rates", None)
+    if moved is None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+    else:  # a new tensor each time: the device may not have read the one before
+        made = torch.tensor(rates, dtype=moved.dtype)
+        moved.copy_(made.pin_memory() if moved.is_cuda else made, non_blocking=True)
     return max(rates)
+
+
+def move_learning_rates(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Have the optimizer read its learning rates from one tensor [groups] float32 on the device.
+
+    `set_learning_rate` writes them there with one copy, where a captured step reads them.
+    """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    moved = torch.tensor(rates, dtype=torch.float32, device=device)
+    for place, group in enumerate(optimizer.param_groups):
+        group["lr"] = moved[place]
+    optimizer.moved_learning_rates = moved  # type: ignore[attr-defined]

@@ -319,7 +319,10 @@ def test_the_tape_sees_what_a_graph_could_not_hold(
 def test_why_a_run_has_no_graphs(tiny_bert: Path, tmp_path: Path) -> None:
     assembly = configured(tiny_bert, tmp_path, "summed")
     curriculum = curriculum_of(assembly.config, assembly.batches)
-    for graphs, expected in (("off", "off"), ("auto", "off: the device is cpu, and CUDA graphs need a GPU")):
+    for graphs, expected in (
+        ("never", "off"),
+        ("auto", "off: the device is cpu, and CUDA graphs need a GPU"),
+    ):
         config = replace(assembly.config, graphs=graphs)
         assert use_graphs(config, assembly.step, curriculum) == expected
     assert assembly.step.graphs is None

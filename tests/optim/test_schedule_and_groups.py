@@ -10,7 +10,7 @@ from torch import nn
 
 from mtbert.errors import ConfigError
 from mtbert.optim.adamw import OptimizerConfig, build_optimizer, parameter_groups
-from mtbert.optim.schedule import ScheduleConfig, factor, set_learning_rate
+from mtbert.optim.schedule import ScheduleConfig, factor, move_learning_rates, set_learning_rate
 
 
 def test_linear_schedule_warms_up_and_falls_to_nearly_zero() -> None:
@@ -151,6 +151,27 @@ def test_set_learning_rate_keeps_the_ratio_of_the_groups() -> None:
     assert set_learning_rate(optimizer, 0.5) == pytest.approx(5e-4)
     assert {g["lr"] for g in optimizer.param_groups} == {5e-6, 5e-4}
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_learning_rates_on_the_device_train_as_those_on_the_host() -> None:
+    torch.manual_seed(0)
+    models = [Model(), Model()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, OptimizerConfig(lr=2**-10, head_lr=2**-7)) for model in models]
+    move_learning_rates(optimizers[1], torch.device("cpu"))
+    held = [group["lr"] for group in optimizers[1].param_groups]
+    assert len(held) > 2
+    for share in (1.0, 0.5, 0.25):
+        assert len({set_learning_rate(optimizer, share) for optimizer in optimizers}) == 1
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for place, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, 1.0 + place)
+            optimizer.step()
+        for mine, twin in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            torch.testing.assert_close(mine, twin, rtol=1e-6, atol=1e-8)
+        for group, before in zip(optimizers[1].param_groups, held, strict=True):
+            assert group["lr"] is before, "where a captured step reads it"
+            assert float(before) == group["peak_lr"] * share
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
