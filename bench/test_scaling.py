@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -111,8 +110,6 @@ def test_sizes_of_the_encoder(bench: Bench, benchmark: Any, fast: Precision) -> 
 
 def test_ranks(bench: Bench, fast: Precision) -> None:
     """torchrun with 1, 2, ... processes: a GPU each, or the cores divided among them."""
-    if importlib.util.find_spec("mtbert.engine.distributed") is None:
-        pytest.skip("mtbert trains in one process yet: mtbert.engine.distributed does not exist")
     most = torch.cuda.device_count() if bench.device.type == "cuda" else min(4, os.cpu_count() or 1)
     counts = [ranks for ranks in (1, 2, 4, 8) if ranks <= most]
     if len(counts) < 2:
