@@ -26,7 +26,8 @@ from mtbert.engine.frozen_prefix import PrefixForward, keep_tables
 from mtbert.engine.methods import build_train_step, task_losses
 from mtbert.engine.peaks import synchronise
 from mtbert.engine.precision import Precision, compute_dtype, product_settings
-from mtbert.engine.step import StepResult, TrainStep
+from mtbert.engine.step import TrainStep
+from mtbert.engine.step_result import StepResult
 from mtbert.engine.torch_profile import TorchProfile
 from mtbert.evaluation.profile import read_profile
 from mtbert.kernels import dispatch

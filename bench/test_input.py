@@ -14,7 +14,8 @@ from bench.test_train_step import DTYPES, fast
 from bench.workload import Workload
 from mtbert.engine.input_pipeline import InputPipeline
 from mtbert.engine.precision import Precision
-from mtbert.engine.step import StepResult, TrainStep
+from mtbert.engine.step import TrainStep
+from mtbert.engine.step_result import StepResult
 
 __all__ = ["fast"]
 

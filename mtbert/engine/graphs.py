@@ -23,8 +23,10 @@ from mtbert.engine.distributed import World
 from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.frozen_prefix import PrefixForward
 from mtbert.engine.inference_graphs import InferenceGraphs
-from mtbert.engine.step import PreparedStep, StepResult, TrainStep
+from mtbert.engine.prepared_step import PreparedStep
+from mtbert.engine.step import TrainStep
 from mtbert.engine.step_numbers import flat, refilled
+from mtbert.engine.step_result import StepResult
 from mtbert.errors import ConfigError
 from mtbert.optim.schedule import move_learning_rates
 

@@ -20,7 +20,8 @@ from mtbert.data.packing import Segment, pack, plan_passes, plan_shares
 from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.evaluator import Evaluation
 from mtbert.engine.loss_scale import LossScaler
-from mtbert.engine.step import StepResult, update
+from mtbert.engine.step import update
+from mtbert.engine.step_result import StepResult
 from mtbert.evaluation.metrics import TaskScores
 from mtbert.kernels.casts import WeightCasts
 from mtbert.model.dropout import DropoutStream

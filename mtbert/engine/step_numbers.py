@@ -11,7 +11,7 @@ from torch import Tensor
 from mtbert.data.packing import Segment
 from mtbert.engine.gradients import GradientReport
 from mtbert.engine.loss_scale import Scaling
-from mtbert.engine.step import StepResult
+from mtbert.engine.step_result import StepResult
 from mtbert.optim.surgery import Combined
 
 

@@ -24,8 +24,8 @@ from mtbert.engine.input_pipeline import InputConfig, InputPipeline
 from mtbert.engine.interruptions import stop_requests
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.optimizer_state import optimizer_tensors, restore_optimizer
-from mtbert.engine.step import StepResult
 from mtbert.engine.step_numbers import OnTheWay
+from mtbert.engine.step_result import StepResult
 from mtbert.engine.tensorboard import Listener
 from mtbert.engine.window import Window
 from mtbert.errors import CheckpointError, ConfigError, Interrupted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtbert.engine.step import StepResult
+from mtbert.engine.step_result import StepResult
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +15,7 @@ from support.assembly import tiny_config
 from support.ranks import RankGroup, environment_of, rank_group
 
 from mtbert.config import TrainConfig
-from mtbert.engine import distributed
-from mtbert.engine.distributed import ALONE, refuse_ranks
+from mtbert.engine.distributed import ALONE, refuse_ranks, signs
 from mtbert.errors import ConfigError
 from mtbert.losses.bregman import BregmanConfig
 from mtbert.losses.cosine_embedding import CosineEmbeddingConfig
@@ -259,10 +257,9 @@ class SilentStore:
 
 
 def test_the_end_of_a_dead_rank_0_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_SILENCE_SECONDS", 0.3)
-    ranks = object.__new__(distributed.Ranks)
-    ranks.rank, ranks._store, ranks._store_lock = 1, SilentStore(beats=4), threading.Lock()  # type: ignore[assignment]
+    monkeypatch.setattr(signs, "_SILENCE_SECONDS", 0.3)
+    others = signs.Signs(SilentStore(beats=4), rank=1, size=2)  # type: ignore[arg-type]
     begin = time.monotonic()
-    with pytest.raises(distributed._ConnectionLost, match=r"rank 0 gave no sign of life for 0\.3 s"):
-        ranks.wait_for_main()
+    with pytest.raises(signs.ConnectionLost, match=r"rank 0 gave no sign of life for 0\.3 s"):
+        others.wait_until_done()
     assert 0.5 < time.monotonic() - begin < 10  # four beats, then silence

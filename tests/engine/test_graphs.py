@@ -24,7 +24,8 @@ from mtbert.engine.build import curriculum_of
 from mtbert.engine.capture import CudaRecorder, Recorded
 from mtbert.engine.frozen_prefix import FrozenCacheConfig, PrefixForward
 from mtbert.engine.graphs import StepGraphs, enable, inference_obstacles, make_capturable, use_graphs
-from mtbert.engine.step import PreparedStep, StepResult
+from mtbert.engine.prepared_step import PreparedStep
+from mtbert.engine.step_result import StepResult
 from mtbert.errors import ConfigError, NonFiniteError
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.optim.schedule import set_learning_rate

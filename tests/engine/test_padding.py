@@ -14,7 +14,8 @@ from support.steps import CASES, configured
 from mtbert.data.dataset import TaskData
 from mtbert.data.packing import PackedBatch, Request, pack
 from mtbert.data.padding import Budgets, StreamBudget, measure_budgets, pad, pad_words
-from mtbert.engine.step import PreparedStep, StepResult
+from mtbert.engine.prepared_step import PreparedStep
+from mtbert.engine.step_result import StepResult
 
 STEP = 5
 

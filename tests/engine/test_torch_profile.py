@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtbert import pretrain, train
-from mtbert.engine.step import StepResult, update
+from mtbert.engine.step import update
+from mtbert.engine.step_result import StepResult
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError, Interrupted, NonFiniteError
 

@@ -23,7 +23,8 @@ from mtbert.engine.finish import predict_split
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.mlm import MlmEvaluator, MlmForward, MlmStep
 from mtbert.engine.mlm_run import build_mlm_model, mlm_data
-from mtbert.engine.step import PreparedStep, StepResult
+from mtbert.engine.prepared_step import PreparedStep
+from mtbert.engine.step_result import StepResult
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError, Interrupted, NonFiniteError
 from mtbert.model.pretrained import resolve
