@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:  # bench is not installed
 from bench import records  # noqa: E402
 from bench.comparison import to_text  # noqa: E402
 from bench.harness import CLOCKS, RECORDED_REPEATS, USUAL, Bench  # noqa: E402
-from bench.kernel_session import Kernels, make_kernels  # noqa: E402
+from bench.kernels.session import Kernels, make_kernels  # noqa: E402
 from bench.page import write_page  # noqa: E402
 from bench.workload import build_workload  # noqa: E402
 from mtbert.engine.precision import resolve_device  # noqa: E402

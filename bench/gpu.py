@@ -8,7 +8,7 @@
 Builds and installs nothing: `pip install --no-build-isolation --no-deps -e .` first, on a machine without network with
 wheels of jsonargparse, pytest and pytest-benchmark beside it. In turn, each with a limit of time: the doctor; the tests
 of the kernels, which run on the GPU where there is one; the comparisons of bench/test_kernels.py with the goals set for
-them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora_check.py); the
+them; the compile report. For LoRA: its tests; every kernel over the design's sizes (bench/lora/check.py); the
 comparisons of bench/test_lora.py; compute-sanitizer's memcheck and racecheck over a few small calls. For graphs:
 captured steps beside their twins (bench/graphs_check.py); input made ready on a thread (bench/test_input.py). For
 training: bench/test_train_step.py and bench/test_surgery.py, with those of `transformers`, `peft` and
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from bench import lora_check
+from bench.lora import check as lora_check
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 580
@@ -63,7 +63,7 @@ def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
     record = ["--results", str(output), f"--benchmark-json={output / f'rounds-{chosen}.json'}"]
     if chosen == "lora":
         tests = ["tests/kernels/test_lora_cuda.py", "tests/installation/test_cuda_lora.py"]
-        check = [sys.executable, "-m", "bench.lora_check", "--seconds"]
+        check = [sys.executable, "-m", "bench.lora.check", "--seconds"]
         sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
         # PyTorch hands out parts of larger pieces of memory: what lies beside a tensor would look like a tensor's.
         apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -90,7 +90,7 @@ def parts(output: Path, cores: int, chosen: str = "kernels") -> list[Part]:
         Part("doctor", [sys.executable, "-m", "mtbert.doctor"], 60),
         Part("tests", [*pytest, "tests/kernels", "--durations=10", *spread], 240),
         Part("kernels", [*pytest, "bench/test_kernels.py", "--device", "cuda", *record], 360),
-        Part("report", [sys.executable, "-m", "bench.kernel_report", *report], 120),
+        Part("report", [sys.executable, "-m", "bench.kernels.report", *report], 120),
     ]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.kernel_session import Kernels
-from bench.kernel_shapes import MINILM
+from bench.kernels.session import Kernels
+from bench.kernels.shapes import MINILM
 from mtbert.engine.precision import resolve_device
 
 TOKENS = {"cuda": (8192, 16384, 32768, 65536), "cpu": (256,)}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench.kernel_session import Kernels
-from bench.lora_comparisons import COMPILED, Plan, compare
-from bench.lora_qkv_comparisons import BUILDERS, QkvPlan
+from bench.kernels.session import Kernels
+from bench.lora.comparisons import COMPILED, Plan, compare
+from bench.lora.qkv_comparisons import BUILDERS, QkvPlan
 from mtbert.engine.precision import resolve_device
 
 TOKENS = {"cuda": 8192, "cpu": 64}

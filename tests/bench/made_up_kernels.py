@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.kernel_calls import OPERATIONS
-from bench.kernel_cases import launches_of, plain
-from bench.kernel_compile import derive, variant_of
-from bench.kernel_report import report, to_text
-from bench.kernel_shapes import MINILM
+from bench.kernels.calls import OPERATIONS
+from bench.kernels.cases import launches_of, plain
+from bench.kernels.compile import derive, variant_of
+from bench.kernels.report import report, to_text
+from bench.kernels.shapes import MINILM
 from mtbert.kernels.triton_ops.launch import Launch
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import gpu, kernel_bytes
-from bench.kernel_calls import OPERATIONS, Setting, linear_bias_gelu
-from bench.kernel_comparisons import AIMS, COPY, OWN, Plan, compare, compare_layer
-from bench.kernel_peers import PEERS, Parts, _nested, _padded, _padded_first_tokens
-from bench.kernel_shapes import BERT_BASE, MINILM, REVIEWS, SENTENCES, Encoder, draw_lengths
-from bench.kernel_timing import Stopwatch, fastest_product, timed_side
+from bench import gpu
+from bench.kernels import bytes as kernel_bytes
+from bench.kernels.calls import OPERATIONS, Setting, linear_bias_gelu
+from bench.kernels.comparisons import AIMS, COPY, OWN, Plan, compare, compare_layer
+from bench.kernels.peers import PEERS, Parts, _nested, _padded, _padded_first_tokens
+from bench.kernels.shapes import BERT_BASE, MINILM, REVIEWS, SENTENCES, Encoder, draw_lengths
+from bench.kernels.timing import Stopwatch, fastest_product, timed_side
 from bench.measure import Alternation
 from bench.workload import MIX, _rows
 from mtbert.data.dataset import TaskData
@@ -115,8 +116,8 @@ def test_least_bytes_and_flops_by_hand() -> None:
 @pytest.mark.parametrize("groups", [0, 3])
 def test_moved_bytes_are_those_of_the_tensors_that_the_launches_get(operation: str, groups: int) -> None:
     pytest.importorskip("triton")
-    from bench.kernel_cases import launches_of
-    from bench.kernel_traffic import moved, partial_sums
+    from bench.kernels.cases import launches_of
+    from bench.kernels.traffic import moved, partial_sums
 
     setting = Setting(MINILM, (60, 5, 30) * 20, 64, groups=0 if operation == "dropout" else groups)
     launches = launches_of(operation, setting)

@@ -43,14 +43,14 @@ def said() -> dict[str, Any]:
 
 def test_no_kernel_of_a_training_step_spills_or_takes_too_much_shared_memory() -> None:
     # With the interpreter asked for, as in this process: the report must see to a process without it.
-    done = run("-m", "bench.kernel_report", "--quick", "--json", interpreter=True)
+    done = run("-m", "bench.kernels.report", "--quick", "--json", interpreter=True)
     assert done.returncode in (0, 1), done.stderr
     rows = json.loads(done.stdout)["rows"]
     problems = [(row["kernel"], row["architecture"], row["problems"]) for row in rows if row["problems"]]
     assert problems == []
     assert done.returncode == 0
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90"}
-    from bench.kernel_compile import TOLERATED_SPILL
+    from bench.kernels.compile import TOLERATED_SPILL
 
     kernels = {row["kernel"] for row in rows}
     for operation in (
@@ -124,7 +124,7 @@ def test_nothing_recompiles_from_step_to_step(said: dict[str, Any]) -> None:
 
 
 def test_occupancy_by_hand() -> None:
-    from bench.kernel_compile import ARCHITECTURES, Resources
+    from bench.kernels.compile import ARCHITECTURES, Resources
 
     hopper, ampere = ARCHITECTURES["sm_90"], ARCHITECTURES["sm_80"]
     assert hopper.occupancy(registers=32, shared=0, warps=4) == 1.0  # 16 programs of 4 warps
@@ -140,8 +140,8 @@ def test_occupancy_by_hand() -> None:
 
 
 def test_the_page_has_a_line_for_every_kernel_and_every_variant() -> None:
-    from bench.kernel_compile import Resources
-    from bench.kernel_report import Row, to_markdown
+    from bench.kernels.compile import Resources
+    from bench.kernels.report import Row, to_markdown
 
     rows = [
         Row("one", ["a", "b"], {}, name, Resources(40 + n, 0, 2048, 4), 0.5, [])

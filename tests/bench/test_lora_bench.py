@@ -15,10 +15,14 @@ from support.lora_extension import HostExtension
 from support.lora_variants import EVERY_KERNEL, forward_variant, input_variant, thin_variants
 from torch import Tensor
 
-from bench import gpu, lora_check, lora_comparisons, lora_model, lora_qkv_comparisons
+from bench import gpu
 from bench.comparison import to_text
-from bench.kernel_timing import Stopwatch
-from bench.lora_comparisons import (
+from bench.kernels.timing import Stopwatch
+from bench.lora import check as lora_check
+from bench.lora import comparisons as lora_comparisons
+from bench.lora import model as lora_model
+from bench.lora import qkv_comparisons as lora_qkv_comparisons
+from bench.lora.comparisons import (
     BARE,
     BUILDERS,
     COMPILED,
@@ -30,7 +34,7 @@ from bench.lora_comparisons import (
     Inputs,
     Plan,
 )
-from bench.lora_qkv_comparisons import QkvPlan
+from bench.lora.qkv_comparisons import QkvPlan
 from bench.measure import Alternation
 from mtbert.errors import ConfigError
 from mtbert.kernels import dispatch, extension

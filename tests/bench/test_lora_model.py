@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from support.emulation import load
 from support.lora_plan import SM80, cuts, plan, takes_wide
 
-from bench import lora_model
-from bench.lora_model import A100, H200, NARROW, WIDE, Machine, Shape, Tile
+from bench import records
+from bench.lora import model as lora_model
+from bench.lora.model import A100, H200, NARROW, WIDE, Machine, Shape, Tile
 
 SHAPE = Shape(rows=300, inputs=64, outputs=192, rank=16, dropout=True, blocks=3)
 """Three row tiles; a tile of outputs for each block."""
@@ -272,9 +272,9 @@ def test_one_kernel_is_never_much_slower_where_s_is_kept() -> None:
 
 
 def test_the_page_is_of_this_model() -> None:
-    page = Path(lora_model.__file__).parent / "results" / "lora-model.md"
+    page = records.RESULTS / "lora-model.md"
     assert page.read_text(encoding="utf-8") == lora_model.markdown(), (
-        "python -m bench.lora_model --markdown > bench/results/lora-model.md"
+        "python -m bench.lora.model --markdown > bench/results/lora-model.md"
     )
 
 

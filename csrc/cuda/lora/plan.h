@@ -3,7 +3,7 @@
 //
 // One kernel (fused) makes s = scale * dropout(x) A^T beside y, and draws the mask, as often as a thread block needs rows of
 // s that it does not have. Two kernels (split) make it once, but read x twice and launch twice. By the model of
-// bench/lora_model.py:
+// bench/lora/model.py:
 //
 // sm_90: one kernel at every rank. A cluster of thread blocks takes neighbouring tiles and makes s, so draws the mask, once
 // for all of them that are of the same rows and block of outputs.

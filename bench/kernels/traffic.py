@@ -1,6 +1,6 @@
 """What mtbert's Triton kernels move beyond the least bytes, by formula; a table of both.
 
-    python -m bench.kernel_traffic          at 32,768 tokens of sentences, bf16, dropout 0.1
+    python -m bench.kernels.traffic          at 32,768 tokens of sentences, bf16, dropout 0.1
 
 Partial sums are as many as the launches say. What a cache serves is counted too: partial sums, a word's row for every
 token that looks it up.
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.kernel_bytes import least
-from bench.kernel_calls import OPERATIONS, Setting
-from bench.kernel_cases import launches_of, plain
-from bench.kernel_shapes import BERT_BASE, MINILM, SENTENCES, draw_lengths
+from bench.kernels.bytes import least
+from bench.kernels.calls import OPERATIONS, Setting
+from bench.kernels.cases import launches_of, plain
+from bench.kernels.shapes import BERT_BASE, MINILM, SENTENCES, draw_lengths
 from mtbert.engine.costs import Cost
 from mtbert.kernels.triton_ops.launch import Launch
 

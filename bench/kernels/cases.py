@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from bench.kernel_calls import OPERATIONS, Setting
-from bench.kernel_compile import Variant, variant_of
-from bench.kernel_shapes import BERT_BASE, LONGEST, MINILM, NARROW_HEADS, WIDE_HEADS, Encoder
+from bench.kernels.calls import OPERATIONS, Setting
+from bench.kernels.compile import Variant, variant_of
+from bench.kernels.shapes import BERT_BASE, LONGEST, MINILM, NARROW_HEADS, WIDE_HEADS, Encoder
 from mtbert.kernels import dispatch
 from mtbert.kernels.triton_ops.launch import Launch, recorded
 

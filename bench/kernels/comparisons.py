@@ -9,11 +9,11 @@ import torch
 
 from bench.comparison import Comparison, Goal, summarise
 from bench.harness import limit_name
-from bench.kernel_bytes import COSTS, least
-from bench.kernel_calls import OPERATIONS, Call, Setting, encoder_layer, linear_bias_gelu
-from bench.kernel_peers import COMPILED, EAGER, LAYER, MASKED, NESTED, PEERS, UNMASKED, VARLEN, VARLEN_PUBLIC
-from bench.kernel_shapes import BERT_BASE, REVIEWS, SENTENCES, Encoder, draw_lengths
-from bench.kernel_timing import Stopwatch, copy_side, fastest_product, timed_side
+from bench.kernels.bytes import COSTS, least
+from bench.kernels.calls import OPERATIONS, Call, Setting, encoder_layer, linear_bias_gelu
+from bench.kernels.peers import COMPILED, EAGER, LAYER, MASKED, NESTED, PEERS, UNMASKED, VARLEN, VARLEN_PUBLIC
+from bench.kernels.shapes import BERT_BASE, REVIEWS, SENTENCES, Encoder, draw_lengths
+from bench.kernels.timing import Stopwatch, copy_side, fastest_product, timed_side
 from bench.measure import Alternation, Side
 from mtbert.engine.flops import EncoderSizes, training_flops
 from mtbert.engine.peaks import limit_shapes

@@ -1,8 +1,8 @@
 """What every Triton kernel compiles to, on a machine without a GPU: registers, spills, shared memory, occupancy.
 
-    python -m bench.kernel_report                   every variant for sm_80, sm_90 and sm_100 (many minutes)
-    python -m bench.kernel_report --quick           what a bf16 training step launches, for sm_80 and sm_90
-    python -m bench.kernel_report --markdown bench/results/kernels-compiled.md
+    python -m bench.kernels.report                   every variant for sm_80, sm_90 and sm_100 (many minutes)
+    python -m bench.kernels.report --quick           what a bf16 training step launches, for sm_80 and sm_90
+    python -m bench.kernels.report --markdown bench/results/kernels-compiled.md
 
 The launches are recorded while the public operations run forward and backward on small tensors of the real widths, so
 what is compiled is what would run. Exit code 1: a kernel spills registers, wants more shared memory than the
@@ -28,9 +28,9 @@ import torch
 import triton
 from tqdm import tqdm
 
-from bench.kernel_cases import all_cases, distinct, quick_cases
-from bench.kernel_compile import ARCHITECTURES, Resources, Variant, compile_variant
-from bench.kernel_traffic import TOKENS, table
+from bench.kernels.cases import all_cases, distinct, quick_cases
+from bench.kernels.compile import ARCHITECTURES, Resources, Variant, compile_variant
+from bench.kernels.traffic import TOKENS, table
 
 QUICK_ARCHITECTURES = ("sm_80", "sm_90")
 _TITLES = ("kernel", "variant", "arch", "registers", "spilled", "shared KiB", "warps", "occupancy")
@@ -145,7 +145,7 @@ def _verdict(rows: Sequence[Row]) -> list[str]:
 def to_markdown(rows: Sequence[Row], command: str, traffic: Sequence[tuple[str, ...]] = ()) -> str:
     """The page that is committed: a line a kernel, then a line a variant with all architectures beside each other.
 
-    traffic: the lines of `bench.kernel_traffic.table`.
+    traffic: the lines of `bench.kernels.traffic.table`.
     """
     names = list(dict.fromkeys(row.architecture for row in rows))
     limits = (f"{ARCHITECTURES[name].shared_of_program // 1024} on {name}" for name in names)
@@ -183,8 +183,8 @@ def to_markdown(rows: Sequence[Row], command: str, traffic: Sequence[tuple[str, 
             "",
             f"## Bytes and FLOPs: {TOKENS:,} tokens of sentences, bf16, dropout 0.1",
             "",
-            "By formula. The least: each input read and each output written once (`bench/kernel_bytes.py`). Moved:",
-            "what the kernels read and write, what a cache serves included (`bench/kernel_traffic.py`).",
+            "By formula. The least: each input read and each output written once (`bench/kernels/bytes.py`). Moved:",
+            "what the kernels read and write, what a cache serves included (`bench/kernels/traffic.py`).",
             "",
             f"| {' | '.join(titles)} |",
             f"|{' --- |' * len(titles)}",
@@ -216,8 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if os.environ.pop("TRITON_INTERPRET", None) is not None:
         # Triton has been imported for its interpreter: another process must do it.
-        return subprocess.run([sys.executable, "-m", "bench.kernel_report", *given], check=False).returncode
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_report", description=__doc__.split("\n")[0])
+        return subprocess.run([sys.executable, "-m", "bench.kernels.report", *given], check=False).returncode
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels.report", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="only what a bf16 training step launches")
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), help="architectures")
     parser.add_argument(
@@ -248,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(to_text(rows))
     if options.markdown is not None:
         # Where the page was written to on this machine is nobody's business.
-        command = " ".join(["python -m bench.kernel_report", *given])
+        command = " ".join(["python -m bench.kernels.report", *given])
         command = command.replace(str(options.markdown), options.markdown.name)
         options.markdown.write_text(to_markdown(rows, command, table()), encoding="utf-8")
     print(f"{time.monotonic() - begin:.0f} s", file=sys.stderr)

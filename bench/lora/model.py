@@ -1,7 +1,7 @@
 """How long the LoRA products should take, by formula: bytes, FLOPs, waves of tiles, Philox draws and launches.
 
-    python -m bench.lora_model                      tables for an A100 and an H200
-    python -m bench.lora_model --markdown > bench/results/lora-model.md
+    python -m bench.lora.model                      tables for an A100 and an H200
+    python -m bench.lora.model --markdown > bench/results/lora-model.md
 
 A prediction, made before any measurement, to be compared with one: where they part, one of the two is wrong. Every
 kernel's time is
@@ -446,8 +446,8 @@ TITLES = (
 _PAGE = """\
 # LoRA products: predicted times
 
-Written by `python -m bench.lora_model --markdown`. **Nothing here was measured**: these are the formulas of
-`bench/lora_model.py` with {tokens:,} rows of bfloat16. Microseconds. *F.linear*: the frozen weight alone; *composed*:
+Written by `python -m bench.lora.model --markdown`. **Nothing here was measured**: these are the formulas of
+`bench/lora/model.py` with {tokens:,} rows of bfloat16. Microseconds. *F.linear*: the frozen weight alone; *composed*:
 the same result by PyTorch's products beside it; *fused* and *split*: the extension's one kernel, and its two. *dx*:
 with the gradient of the input; *both*: forward and backward, with the gradients of A and B. The better of fused and
 split is bold.
@@ -554,7 +554,7 @@ def text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.lora_model", description=__doc__.partition("\n")[0]
+        prog="python -m bench.lora.model", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--markdown", action="store_true", help="print the page of bench/results")
     print(markdown() if parser.parse_args(arguments).markdown else text() + "\n", end="")

@@ -1,7 +1,7 @@
 """Are the LoRA kernels right on this GPU? Every kernel over the sizes of the design, by the accuracy rule.
 
-    python -m bench.lora_check                  every kernel and dtype, forward and backward, and beyond 2^31 elements
-    python -m bench.lora_check --quick          a few small calls that reach every variant, for compute-sanitizer
+    python -m bench.lora.check                  every kernel and dtype, forward and backward, and beyond 2^31 elements
+    python -m bench.lora.check --quick          a few small calls that reach every variant, for compute-sanitizer
 
 The rule: an error against float64 with the same mask of at most twice that of plain PyTorch in the same dtype, and one
 rounding of the greatest value. Float32 is multiplied as TF32 on both sides. Exit code 1: an error is above it, or time
@@ -263,7 +263,7 @@ def served(device: torch.device) -> list[tuple[str | None, torch.dtype]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.lora_check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.lora.check", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few small calls, for compute-sanitizer")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try this script")
     parser.add_argument(

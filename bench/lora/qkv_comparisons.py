@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.comparison import Goal
-from bench.lora_comparisons import (
+from bench.lora.comparisons import (
     BARE,
     EAGER,
     OWN,

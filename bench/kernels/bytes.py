@@ -1,6 +1,6 @@
 """What a call of a bench setting needs at least, by the formulas of `mtbert.engine.costs`.
 
-`kernel_traffic.py` has what mtbert's Triton kernels move beyond it.
+`traffic.py` has what mtbert's Triton kernels move beyond it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.kernel_calls import Setting
+from bench.kernels.calls import Setting
 from mtbert.engine import costs
 from mtbert.engine.costs import Cost
 

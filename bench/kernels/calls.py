@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.kernel_shapes import Encoder
+from bench.kernels.shapes import Encoder
 from mtbert import kernels
 from mtbert.kernels import Dropout, Segments
 from mtbert.kernels.segments import companion

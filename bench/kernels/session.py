@@ -15,9 +15,9 @@ import torch
 from bench import records
 from bench.comparison import Comparison, to_text
 from bench.harness import RECORDED_REPEATS, kernels_in_use, load
-from bench.kernel_comparisons import Plan, compare, compare_layer
-from bench.kernel_shapes import BERT_BASE
-from bench.kernel_timing import Stopwatch
+from bench.kernels.comparisons import Plan, compare, compare_layer
+from bench.kernels.shapes import BERT_BASE
+from bench.kernels.timing import Stopwatch
 from bench.measure import Alternation
 from mtbert.engine.environment import environment
 from mtbert.engine.precision import has_fast_bf16, resolve_device

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import lora_model
 from bench.comparison import Comparison, Goal, summarise
-from bench.kernel_timing import Stopwatch, timed_side
+from bench.kernels.timing import Stopwatch, timed_side
+from bench.lora import model as lora_model
 from bench.measure import Alternation, Side
 from mtbert import kernels
 from mtbert.kernels import Dropout, dispatch, extension

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.kernel_calls import EPS, Call
+from bench.kernels.calls import EPS, Call
 
 Parts = tuple[Callable[[], Tensor], list[Tensor], Tensor]
 """The forward pass, what has a gradient, and the gradient of the output."""
