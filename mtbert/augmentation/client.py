@@ -84,6 +84,8 @@ class ChatClient:
         self._library: Any = load_openai()
         self._key = os.environ.get(KEY) or NO_KEY
         self.traffic = Traffic()
+        self._fresh: set[str] = set()
+        """The keys of answers that the server gave this time."""
         self._schema = {"always": True, "never": False}.get(config.structured)
         self._not_before = 0.0
         self._failures = 0
@@ -137,7 +139,7 @@ class ChatClient:
                 body = request.free if self._schema is False else request.structured
                 found = self._cached(body, request.attempt)
                 if found is not None:
-                    self.traffic.from_cache += 1
+                    self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
                 else:
                     async with gate:
                         found = await self._ask_server(body, request.attempt)
@@ -164,6 +166,7 @@ class ChatClient:
 
     def _keep(self, body: Mapping[str, Any], attempt: int, reply: Reply) -> None:
         self._cache.put(_key(body, attempt), {k: v for k, v in asdict(reply).items() if v is not None})
+        self._fresh.add(_key(body, attempt))
         self.traffic.asked += 1
         self.traffic.prompt_tokens += reply.prompt_tokens or 0
         self.traffic.answer_tokens += reply.answer_tokens or 0

@@ -95,9 +95,9 @@ def plan_rows(task: Task, table: Table, goal: Goal, usable: Sequence[int], *, at
             raise DataError(f"{table.path}: no row of class {group} can be rewritten, all of them also stand in dev or test")
         order = [Draws(seed, task.name, group, cycle).shuffled(rows) for cycle in range(-(-count // max(len(rows), 1)))]
         walk = [row for cycle in order for row in cycle]
+        spare = walk[count:] or rows  # stand in for a row that cannot be rewritten
         for place in range(count):
-            # What stands in for a row that cannot be rewritten are the rows half the class further, and so on.
-            others = [walk[(place + step * max(1, len(rows) // 2)) % len(walk)] for step in range(1, changes)]
+            others = [spare[(place * (changes - 1) + step) % len(spare)] for step in range(changes - 1)]
             planned.append(((place + 0.5) / count, group, (walk[place], *others)))
     planned.sort(key=lambda entry: entry[:2])
     if goal.limit is not None:

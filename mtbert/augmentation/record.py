@@ -108,9 +108,9 @@ def summary(job: Job, prepared: Prepared, made: Made, written: Iterable[Path]) -
     lines = []
     if job.goal.kind == "clean":
         lines.append(
-            f"{job.task.name}: {len(made.table):,} rows, {made.repaired:,} repaired,"
-            f" {len(outcome.rows) - made.repaired:,} found without damage,"
-            f" {len(made.table) - len(outcome.rows):,} kept as they were without a usable repair"
+            f"{job.task.name}: {len(made.table):,} rows, {wanted:,} of them looked at: {made.repaired:,} repaired,"
+            f" {len(outcome.rows) - made.repaired:,} found without damage, {wanted - len(outcome.rows):,} kept as they were"
+            " for want of a usable repair"
         )
     else:
         lines.append(f"{job.task.name}: {len(outcome.rows):,} of {wanted:,} rows made")

@@ -87,7 +87,8 @@ class Validator:
         self._check_label(row, answer.label)
         if kept is not None and letters(texts[kept]) != letters(original[kept]):
             raise RejectedError(NOT_THIS_ONE)
-        for text, before in zip(texts, original, strict=True):
+        swapped = len(texts) == 2 and texts == original[::-1]
+        for text, before in zip(texts, original[::-1] if swapped else original, strict=True):
             self._check_characters(text, before)
             self._check_length(text, before)
             if self._repairs:
