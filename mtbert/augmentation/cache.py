@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from mtbert.engine.durable import sync_file
 from mtbert.errors import DataError, UserError
@@ -44,7 +45,7 @@ class AnswerCache:
         self._synced = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("a+b")
+            self._file: io.FileIO = path.open("a+b", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: the answers cannot be kept there: {error.strerror or error}") from error
         try:
@@ -97,21 +98,17 @@ class AnswerCache:
         try:
             size = self._file.seek(0, os.SEEK_END)
             try:
-                self._file.write(line)
-                self._file.flush()
+                written = 0
+                while written < len(line):  # a disk that fills up takes a part first
+                    written += self._file.write(line[written:])
             except OSError:
-                self._forget_from(size)
+                self._file.truncate(size)
                 raise
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 sync_file(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _forget_from(self, size: int) -> None:
-        """Take back a line that was written in part. What Python's buffer still holds goes with the descriptor."""
-        os.ftruncate(self._file.fileno(), size)
-        self._file = os.fdopen(os.dup(self._file.fileno()), "ab", buffering=0)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: an answer cannot be kept: {error.strerror or error}")
@@ -128,7 +125,7 @@ class AnswerCache:
 
     def _read(self) -> None:
         self._file.seek(0)
-        data = self._file.read()
+        data = self._file.readall()
         end = data.rfind(b"\n") + 1
         if end < len(data):
             warnings.warn(f"{self.path}: the last line is incomplete and is cut off", stacklevel=3)

@@ -160,13 +160,14 @@ class Validator:
                     raise RejectedError(NEAR_LEAK)
 
     def _check_language(self, text: str, original: str) -> None:
-        """Reject a language that the text surely has and that its original surely has not."""
+        """Reject a text that is surely not in the language that its original surely is in."""
         if sum(character.isalpha() for character in text) < LEAST_LETTERS:
             return
         assert self._language is not None
-        found = self._language(text)
-        code = max(found, key=lambda name: found[name])
-        if found[code] >= CONFIDENT and self._language(original).get(code, 0.0) < 0.5:
+        before = self._language(original)
+        code = max(before, key=lambda name: before[name])
+        # Related languages share what there is: Spanish may be .94 Spanish and .04 Galician, but it is no English.
+        if before[code] >= CONFIDENT and self._language(text).get(code, 0.0) < 1 - CONFIDENT:
             raise RejectedError(LANGUAGE)
 
 
