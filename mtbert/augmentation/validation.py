@@ -188,6 +188,7 @@ def _pieces(text: str) -> Counter[str]:
     return Counter(joined[place : place + 3] for place in range(max(1, len(joined) - 2)))
 
 
+@functools.cache
 def load_language() -> Language:
     """py3langid's probabilities of languages. Raises ConfigError where it is not installed."""
     try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mtbert.augment import main
 
@@ -69,7 +70,16 @@ Augment = Callable[..., int]
 
 
 @pytest.fixture
-def augment(tables: Path, tmp_path: Path) -> Augment:
+def augment(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Augment:
+    """Without the drawing of plots, which takes longer than all else; `test_plot` draws."""
+
+    def drawn(figure: Figure, path: Path) -> Path:
+        path.write_bytes(b"")
+        return path
+
+    monkeypatch.setattr("mtbert.augmentation.record.added_labels", lambda *_: Figure())
+    monkeypatch.setattr("mtbert.augmentation.record.save", drawn)
+
     def run(task: str, *options: str, url: str | None = None) -> int:
         """The exit code; the table is new.csv in the test's folder."""
         server = [f"--base-url={url}", "--backoff=0.01", "--timeout=5"] if url else []
