@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import tempfile
@@ -194,7 +195,7 @@ def config_on_all_ranks(world: World, path: Path, options: Sequence[str] = ()) -
 
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     """Parse and build the dataclasses."""
-    values = parse_or_explain(parser, arguments)
+    values = parse_or_explain(parser, joined_extra_data(arguments))
     options = [o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")]
     for group in sorted({option.split(".")[0] for option in options if "." in option}):
         if group in values and not isinstance(values[group], Namespace):
@@ -226,6 +227,31 @@ def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise
     except Exception as error:
         raise _config_error(error, parser) from error
+
+
+def joined_extra_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments with all `--extra-data TASK=FILE` (or `--extra_data`) as one list, which is what the parser reads.
+
+    A list in brackets is taken as it is.
+    """
+    rest: list[str] = []
+    files: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        name, has_value, value = waiting.pop(0).partition("=")
+        if name not in ("--extra-data", "--extra_data"):
+            rest.append(name + has_value + value)
+            continue
+        if not has_value:
+            if not waiting:
+                raise ConfigError("--extra-data: expected TASK=FILE, found nothing behind it")
+            value = waiting.pop(0)
+        if value.startswith("["):
+            listed = yaml.safe_load(value)
+            files += [str(entry) for entry in listed]
+        else:
+            files.append(value)
+    return [*rest, "--extra_data", json.dumps(files)] if files else rest
 
 
 def _with_group(message: str, values: Namespace) -> str:

@@ -38,6 +38,7 @@ from mtbert.optim.schedule import ScheduleConfig
 from mtbert.optim.surgery import SurgeryConfig
 from mtbert.optim.unfreezing import UnfreezingConfig
 from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.extra_data import extra_files
 from mtbert.tasks.registry import get_task
 
 Mode = Literal["full", "last-linear-layer", "lora", "bitfit", "full-model", "finetune", "pretrain"]
@@ -52,6 +53,9 @@ class TrainConfig:
     (copies of those under DIR)."""
     output: str | None = None
     """The run's folder; by default a new one under runs/."""
+    extra_data: list[str] = field(default_factory=list)
+    """Further training tables as TASK=FILE, such as those of mtbert.augment: their rows join the task's training table,
+    those that stand in dev or test are left out and reported. May be given several times."""
     tasks: list[str] = field(default_factory=lambda: ["sst", "para", "sts"])
     """The tasks to train together; round-robin takes turns in this order."""
     mode: Mode = "full"
@@ -141,6 +145,12 @@ class TrainConfig:
         repeated = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
         if repeated:
             raise ConfigError(f"tasks: {', '.join(repeated)} is named more than once")
+        unused = [name for name in extra_files(self.extra_data) if name not in tasks_with_settings(self)]
+        if unused:
+            raise ConfigError(
+                f"extra_data: a table of {', '.join(unused)} would have no effect, because the run trains"
+                f" {', '.join(tasks_with_settings(self))}"
+            )
         for name in tasks_with_settings(self):
             get_task(name)
             self.task.setdefault(name, TaskConfig())

@@ -93,6 +93,7 @@ class TaskData:
             texts=[tuple(words[number] for number in row) for row in texts.tolist()],
             labels=labels,
             lines=[source.lines[example] for example in examples],
+            files=source.files_of(examples),
         )
         data = cls.__new__(cls)
         data._lay_out(name, task, tokenised, table, texts, "rows", max_length, truncate)
@@ -166,6 +167,7 @@ class TaskData:
             texts=[self.table.texts[example] for example in examples],
             labels=None,
             lines=[self.table.lines[example] for example in examples],
+            files=self.table.files_of(examples),
         )
         apart.ids, apart.labels, apart.rows_per_example = apart.table.ids, None, 1
         apart.lengths = apart.sizes.sum(axis=1) + specials

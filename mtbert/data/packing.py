@@ -349,7 +349,7 @@ def _raise_too_long(
         if place < len(step[name]):
             data, example = datasets[name], int(step[name][place])
             raise DataError(
-                f"{data.table.path}, line {data.table.lines[example]}: the example takes "
+                f"{data.table.place(example)}: the example takes "
                 f"{data.lengths[example]} tokens, more than the {max_tokens} of one pass; "
                 "raise the token budget or lower the task's max_length"
             )

@@ -90,13 +90,26 @@ class RowProblem:
         return f"{self.path}, line {self.line}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class ExtraRows:
+    """A further table whose rows joined a training table: its file, that file's sha256, and what became of its rows."""
+
+    path: Path
+    sha256: str
+    rows: int
+    left_out: int
+    labels: np.ndarray
+    """Of the rows that joined."""
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """The usable rows of one split of one task, by column.
 
     `texts[i]` has one string per text column of the layout, `labels` is int64 [n] for classes, float64
     [n] for scores and None for an unlabelled table, `lines[i]` is the line of the file on which example i
-    starts.
+    starts. Rows of further tables that joined this one have their own files in `files`; `extra` describes
+    these tables.
     """
 
     task: str
@@ -107,6 +120,8 @@ class Table:
     labels: np.ndarray | None
     lines: list[int]
     problems: list[RowProblem] = field(default_factory=list)
+    files: list[Path] | None = None
+    extra: tuple[ExtraRows, ...] = ()
 
     def __len__(self) -> int:
         """Number of usable rows."""
@@ -116,6 +131,14 @@ class Table:
     def duplicate_ids(self) -> int:
         """How many rows have an id that an earlier row has too (they are kept)."""
         return len(self.ids) - len(set(self.ids))
+
+    def place(self, example: int) -> str:
+        """Where an example stands, for messages: file and line."""
+        return f"{self.path if self.files is None else self.files[example]}, line {self.lines[example]}"
+
+    def files_of(self, examples: Sequence[int]) -> list[Path] | None:
+        """`files` of a choice of examples."""
+        return None if self.files is None else [self.files[example] for example in examples]
 
 
 def read_folder(
@@ -200,13 +223,20 @@ def read_table(path: Path | str, task: str, split: str, layout: TableLayout) -> 
 
 def write_table(path: Path | str, table: Table, layout: TableLayout) -> None:
     """Writes a table as `read_table` reads it: row index, id, texts, and the label if there is one."""
+    Path(path).write_bytes(table_text(table, layout).encode("utf-8"))
+
+
+def table_text(table: Table, layout: TableLayout, more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The file of a table as `write_table` writes it, with the additional columns `more` behind the label."""
+    more = more or {}
     columns = ["", layout.id_column, *layout.text_columns]
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(columns if table.labels is None else [*columns, layout.label_column])
-        for number, (row_id, texts) in enumerate(zip(table.ids, table.texts, strict=True)):
-            label = [] if table.labels is None else [table.labels[number].item()]
-            writer.writerow([number, row_id, *texts, *label])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow([*columns, *([] if table.labels is None else [layout.label_column]), *more])
+    for number, (row_id, texts) in enumerate(zip(table.ids, table.texts, strict=True)):
+        label = [] if table.labels is None else [table.labels[number].item()]
+        writer.writerow([number, row_id, *texts, *label, *(column[number] for column in more.values())])
+    return file.getvalue()
 
 
 class _UnusableRowError(Exception):

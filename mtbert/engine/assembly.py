@@ -64,7 +64,7 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     check_profile(config)
     machine = prepare_machine(config, world)
     tasks = tasks_of(config)
-    tables = load_tables(config.data, list(tasks.values()))
+    tables = load_tables(config.data, list(tasks.values()), extra=config.extra_data)
     model, tokeniser = load_model(config, machine)
     data = prepare_data(config, tables, tokeniser)
 

@@ -38,6 +38,7 @@ from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import resolve
 from mtbert.optim.surgery import UncertaintyWeights
 from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.extra_data import extra_files
 from mtbert.tasks.loading import HUB, SAMPLE
 from mtbert.tasks.registry import Task, get_task
 
@@ -126,6 +127,11 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
     return dataclasses.replace(
         config,
         data=config.data if kept else absolute(config.data),
+        extra_data=[
+            f"{name}={path.expanduser().resolve()}"
+            for name, paths in extra_files(config.extra_data).items()
+            for path in paths
+        ],
         output=None,
         precision=resolve_precision(config.precision, machine.device),
         device=str(machine.device) if machine.world.size == 1 else machine.device.type,

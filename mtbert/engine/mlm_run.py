@@ -66,14 +66,18 @@ HELD_OUT = 0.02
 
 
 def training_tables(config: TrainConfig) -> dict[str, Table]:
-    """The training tables of the tasks, without what `train_fraction` leaves out. No other file is opened."""
-    tasks = tasks_of(config)
-    only = [
-        replace(task, files={split: name for split, name in task.files.items() if split == "train"})
-        for task in tasks.values()
-    ]
+    """The training tables of the tasks, without what `train_fraction` leaves out. No other file is opened.
+
+    Unless there are extra tables: their rows must not stand in dev and test.
+    """
+    used = list(tasks_of(config).values())
+    if not config.extra_data:
+        used = [
+            replace(task, files={split: name for split, name in task.files.items() if split == "train"})
+            for task in used
+        ]
     tables = {}
-    for name, splits in load_tables(config.data, only, required=("train",)).items():
+    for name, splits in load_tables(config.data, used, required=("train",), extra=config.extra_data).items():
         table, fraction = splits["train"], config.task[name].train_fraction
         if fraction < 1:
             batches = TaskBatches(

@@ -29,6 +29,7 @@ from mtbert.model.build import ModelConfig
 from mtbert.model.pretrained import ENCODER_FOLDER
 from mtbert.optim.adamw import OptimizerConfig
 from mtbert.tasks.config import TaskConfig
+from mtbert.tasks.extra_data import extra_of_tasks
 from mtbert.tasks.registry import TASKS
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
         start = add(
             MLM,
             tasks=list(config.tasks),
+            extra_data=extra_of_tasks(config.extra_data, config.tasks),
             task=dict(config.task),
             pretraining=replace(settings, task=None),
             graphs="never",  # every step hides another number of tokens
@@ -170,6 +172,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
         add(
             settings.task,
             tasks=[settings.task],
+            extra_data=extra_of_tasks(config.extra_data, [settings.task]),
             task={settings.task: task},
             epochs=settings.task_epochs,
             graphs=config.graphs,

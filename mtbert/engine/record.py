@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from mtbert.data.dataset import TaskData
 from mtbert.data.overlap import train_dev_overlap
+from mtbert.data.tables import Table
 from mtbert.engine.run_folder import RunFolder
 from mtbert.evaluation.baselines import label_histogram
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import MINILM, origin
 from mtbert.tasks.loading import SAMPLE
-from mtbert.tasks.registry import get_task
+from mtbert.tasks.registry import Task, get_task
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
@@ -45,6 +46,8 @@ def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
                 "tokens": int(examples.lengths.sum()),
                 "labels": label_histogram(get_task(name), examples.labels),
             }
+            if table.extra:
+                described[name][split] |= _describe_extra(get_task(name), table)
             for problem in table.problems[:5]:
                 logger.warning("row left out: %s", problem)
             if len(table.problems) > 5:
@@ -64,6 +67,28 @@ def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
         if overlap:
             logger.warning("%s: %d dev examples also stand in train", name, len(overlap))
     return described
+
+
+def _describe_extra(task: Task, table: Table) -> dict[str, Any]:
+    """What joined a training table, and the labels of its own rows, which the baselines are of; logs it."""
+    assert table.labels is not None
+    own = len(table) - sum(extra.rows for extra in table.extra)
+    for extra in table.extra:
+        left_out = f", {extra.left_out:,} left out" if extra.left_out else ""
+        logger.info("%s: %s rows of %s join the training table%s", task.name, f"{extra.rows:,}", extra.path, left_out)
+    return {
+        "own_labels": label_histogram(task, table.labels[:own]),
+        "extra": [
+            {
+                "file": str(extra.path),
+                "sha256": extra.sha256,
+                "rows": extra.rows,
+                "left_out": extra.left_out,
+                "labels": label_histogram(task, extra.labels),
+            }
+            for extra in table.extra
+        ],
+    }
 
 
 def write_problems(run: RunFolder, data: Mapping[str, Mapping[str, TaskData]]) -> None:

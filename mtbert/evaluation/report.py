@@ -247,6 +247,11 @@ def _data(run: Run, tasks: Mapping[str, Task], plots: Mapping[str, Path], folder
                     _count(facts.get("overlap")),
                 ]
             )
+            for extra in facts.get("extra") or []:
+                file = escape(str(extra.get("file") or ""))
+                rows.append(
+                    [escape(title), f"of {split}: extra", file, extra["rows"], extra["left_out"], None, None]
+                )
             problems += [_problem(problem) for problem in skipped]
             unlisted += facts.get("problem_count", len(skipped)) - len(skipped)
     if not rows:

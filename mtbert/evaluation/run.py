@@ -168,7 +168,10 @@ def run_baselines(run: Run, tasks: Mapping[str, Task]) -> dict[str, Baselines]:
     """The baselines of every task, from the label histograms in run.json."""
     return {
         name: baselines_from_histograms(
-            task, run.data(name, "train").get("labels"), run.data(name, "dev").get("labels")
+            task,
+            # Of the training table's own rows: extra ones that even out the classes leave no commonest class.
+            run.data(name, "train").get("own_labels") or run.data(name, "train").get("labels"),
+            run.data(name, "dev").get("labels"),
         )
         for name, task in tasks.items()
     }

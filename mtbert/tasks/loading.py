@@ -9,6 +9,7 @@ from mtbert.data.hub import read_hub
 from mtbert.data.sample import synthetic_tables
 from mtbert.data.tables import LABELLED_SPLITS, Table, read_folder
 from mtbert.errors import DataError
+from mtbert.tasks.extra_data import extra_files, join, read_extra
 from mtbert.tasks.registry import Task
 
 SAMPLE = "sample"
@@ -16,15 +17,20 @@ HUB = "hub"
 
 
 def load_tables(
-    source: str, tasks: Sequence[Task], required: Collection[str] = ("train", "dev")
+    source: str,
+    tasks: Sequence[Task],
+    required: Collection[str] = ("train", "dev"),
+    extra: Sequence[str] = (),
 ) -> dict[str, dict[str, Table]]:
     """Tables by task and split.
 
     `source` is `sample` (synthetic sentences that the project generates), `hub` (SST-5, QQP and STS-B
     through `datasets`; `hub:DIR` reads copies of those data sets under DIR) or a folder. Every task needs
-    the `required` splits; those of them that are train or dev need labels.
+    the `required` splits; those of them that are train or dev need labels. `extra`: further tables, as
+    TASK=FILE, whose rows join the training tables (`mtbert.tasks.extra_data`).
     """
     tables: dict[str, dict[str, Table]] = {}
+    joining = extra_files(extra)
     for task in tasks:
         if source == SAMPLE:
             splits = synthetic_tables(task.name)
@@ -40,5 +46,7 @@ def load_tables(
                 )
             if split in LABELLED_SPLITS and splits[split].labels is None:
                 raise DataError(f"{splits[split].path}: the {split} table of task {task.name} has no labels")
+        if task.name in joining:
+            splits["train"] = join(splits, [read_extra(path, task) for path in joining[task.name]])
         tables[task.name] = splits
     return tables

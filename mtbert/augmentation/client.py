@@ -1,0 +1,344 @@
+"""Asks an OpenAI-compatible server: several requests at once, each answer kept at once, failed requests sent again.
+
+The `openai` client sends a request once; retries are decided here, so that a server's rate limit holds back all
+requests together and is not answered by two loops of retries, one within the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from mtbert.augmentation.cache import AnswerCache, request_key
+from mtbert.augmentation.config import ServerConfig
+from mtbert.augmentation.rate_limit import asked_for, backoff
+from mtbert.errors import ConfigError, UserError
+
+KEY = "OPENAI_API_KEY"
+NO_KEY = "none"
+"""Sent to a server that needs no key; the client insists on one."""
+LONGEST_WAIT = 600.0
+"""Seconds: a server that asks for more is not waited for."""
+_SCHEMA = "structured output"
+
+
+class ServerError(UserError):
+    """The server cannot be used: the message says what it answered and what is kept."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote, why it stopped (`stop`, `length`, ...), and what the server says it is."""
+
+    text: str
+    finish: str | None = None
+    model: str | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No answer to this one request: why, in a few words that are counted, and what the server said."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request in both forms: `free` without, `structured` with a JSON schema, and the number of the attempt."""
+
+    free: Mapping[str, Any]
+    structured: Mapping[str, Any]
+    attempt: int
+
+
+@dataclass
+class Traffic:
+    """What was sent: counts for the record."""
+
+    asked: int = 0
+    """Requests that were sent and answered."""
+    from_cache: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    models: set[str] = field(default_factory=set)
+    """What the server calls the model that answered."""
+
+
+class ChatClient:
+    """Within `async with`: answers of a server, from the cache where it has them."""
+
+    def __init__(self, config: ServerConfig, cache: AnswerCache) -> None:
+        self._config, self._cache = config, cache
+        self._library: Any = load_openai()
+        self._key = os.environ.get(KEY) or NO_KEY
+        self.traffic = Traffic()
+        self._fresh: set[str] = set()
+        """The keys of answers that the server gave this time."""
+        self._schema = {"always": True, "never": False}.get(config.structured)
+        self._not_before = 0.0
+        self._failures = 0
+        """Requests in a row that failed for good."""
+
+    async def __aenter__(self) -> ChatClient:
+        self._client = self._library.AsyncOpenAI(
+            api_key=self._key, base_url=self._config.base_url, max_retries=0, timeout=self._config.timeout
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    @property
+    def structured(self) -> bool | None:
+        """Whether the server keeps to a JSON schema; None before it was asked."""
+        return self._schema
+
+    async def model(self) -> str:
+        """The configured model, or the only one that the server has."""
+        if self._config.model is not None:
+            return self._config.model
+        found = await self._with_retries(self._models)
+        if isinstance(found, Refusal):
+            raise ServerError(f"{self._where}: does not list its models ({found.detail}); name one with --model")
+        if len(found) != 1:
+            listed = ", ".join(sorted(found)[:20]) or "none"
+            raise ConfigError(f"--model: the server has {len(found)} models, name one of them: {listed}")
+        return str(found[0])
+
+    async def ask(self, requests: Sequence[Request], title: str) -> list[Reply | Refusal]:
+        """The answers in the order of the requests. Raises ServerError where the server is of no use.
+
+        The first request that the cache does not answer goes alone where it is not known yet whether the server
+        keeps to a JSON schema.
+        """
+        if self._schema is None and requests:
+            self._schema = self._cache.note(f"{_SCHEMA} of {requests[0].free['model']}")
+        with tqdm(total=len(requests), desc=title, unit="row", disable=None) as bar:
+            if self._schema is None:
+                for request in requests:
+                    if self._cached(request.structured, request.attempt) is None:
+                        await self._find_out(request)
+                        break
+            gate = asyncio.Semaphore(self._config.concurrency)
+
+            async def one(request: Request) -> Reply | Refusal:
+                body = request.free if self._schema is False else request.structured
+                found = self._cached(body, request.attempt)
+                if found is not None:
+                    self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
+                else:
+                    async with gate:
+                        found = await self._ask_server(body, request.attempt)
+                bar.update()
+                return found
+
+            tasks = [asyncio.ensure_future(one(request)) for request in requests]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _cached(self, body: Mapping[str, Any], attempt: int) -> Reply | Refusal | None:
+        stored = self._cache.get(_key(body, attempt))
+        return None if stored is None else Reply(**stored)
+
+    async def _ask_server(self, body: Mapping[str, Any], attempt: int) -> Reply | Refusal:
+        found = await self._with_retries(lambda: self._send(body))
+        if isinstance(found, Reply):
+            self._keep(body, attempt, found)
+        return found
+
+    def _keep(self, body: Mapping[str, Any], attempt: int, reply: Reply) -> None:
+        self._cache.put(_key(body, attempt), {k: v for k, v in asdict(reply).items() if v is not None})
+        self._fresh.add(_key(body, attempt))
+        self.traffic.asked += 1
+        self.traffic.prompt_tokens += reply.prompt_tokens or 0
+        self.traffic.answer_tokens += reply.answer_tokens or 0
+        if reply.model:
+            self.traffic.models.add(reply.model)
+
+    async def _find_out(self, request: Request) -> None:
+        """Whether the server takes a JSON schema: where it refuses one and takes the same request without, it does not."""
+        found = await self._ask_server(request.structured, request.attempt)
+        if isinstance(found, Refusal):
+            if found.reason != REFUSED:
+                raise ServerError(f"{self._where}: {found.detail}")
+            plain = await self._ask_server(request.free, request.attempt)
+            if isinstance(plain, Refusal):
+                raise ServerError(f"{self._where}: {plain.reason}: {plain.detail}")
+        self._schema = isinstance(found, Reply)
+        self._cache.put_note(f"{_SCHEMA} of {request.free['model']}", self._schema)
+
+    async def _with_retries(self, send: Any) -> Any:
+        """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through any more."""
+        tries = 0
+        while True:
+            await self._wait_for_the_limit()
+            try:
+                result = await asyncio.wait_for(send(), self._config.timeout)
+                self._failures = 0
+                return result
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                tries += 1
+                wait = self._judge(error)
+                if isinstance(wait, Refusal):
+                    self._failures = 0
+                    return wait
+                if tries > self._config.retries:
+                    return self._given_up(error, tries)
+                self.traffic.retries += 1
+                await asyncio.sleep(backoff(self._config.backoff, tries) if wait is None else wait)
+
+    def _judge(self, error: Exception) -> float | None | Refusal:
+        """Seconds to wait as the server asks, None to wait as long as usual, a Refusal where it is no use to try again.
+
+        Raises ServerError for what would fail for every request, and errors of this program as they are.
+        """
+        library = self._library
+        if isinstance(error, UserError):
+            raise error
+        if isinstance(error, (asyncio.TimeoutError, library.APIConnectionError, ValueError)):
+            return None  # no answer, or half of one: its JSON ends too early
+        if not isinstance(error, library.APIError):
+            raise error
+        status = getattr(error, "status_code", None)
+        if status is None:  # within a stream
+            return None
+        headers = {name.lower(): value for name, value in error.response.headers.items()}
+        if status == 429 and getattr(error, "code", None) == "insufficient_quota":
+            raise ServerError(f"{self._where}: {self._said(error)}")
+        if headers.get("x-should-retry") != "false" and (status in (408, 409, 429) or status >= 500) and status != 501:
+            wait = asked_for(headers)
+            if wait is not None:
+                if wait > LONGEST_WAIT:
+                    raise ServerError(
+                        f"{self._where}: asks to wait {wait:,.0f} seconds ({self._said(error)}); {self._kept}"
+                    )
+                if status == 429:  # the limit is of all requests
+                    self._not_before = max(self._not_before, time.monotonic() + wait)
+            return wait
+        if status in (401, 403):
+            given = "was not accepted" if self._key != NO_KEY else "is not set"
+            raise ServerError(f"{self._where}: {self._said(error)}; the environment variable {KEY} {given}")
+        if status == 404:
+            raise ServerError(
+                f"{self._where}: {self._said(error)}; expected an address that ends before /chat/completions, and a model"
+                " that the server has"
+            )
+        return Refusal(REFUSED, self._said(error))
+
+    def _given_up(self, error: Exception, tries: int) -> Refusal:
+        self._failures += 1
+        detail = f"{self._said(error)}, after {tries} tries"
+        if self._failures > self._config.concurrency:
+            raise ServerError(f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}")
+        return Refusal(NO_ANSWER, detail)
+
+    async def _wait_for_the_limit(self) -> None:
+        while (wait := self._not_before - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+
+    async def _send(self, body: Mapping[str, Any]) -> Reply:
+        fields = dict(body)
+        extra = fields.pop("extra_body", None)
+        answer = await self._client.chat.completions.create(
+            **fields, **({"extra_body": dict(extra)} if extra else {}), stream=self._config.stream
+        )
+        return await _streamed(answer) if self._config.stream else _whole(answer)
+
+    async def _models(self) -> list[str]:
+        return [model.id async for model in self._client.models.list()]
+
+    @property
+    def _where(self) -> str:
+        return f"the server {self._config.base_url}"
+
+    @property
+    def _kept(self) -> str:
+        return f"{len(self._cache):,} answers are kept in {self._cache.path}, the same command goes on from there"
+
+    def _said(self, error: Exception) -> str:
+        """An error in a line, without the key, which some servers repeat."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (asyncio.TimeoutError, self._library.APITimeoutError)):
+            text = f"no answer within {self._config.timeout:g} seconds"
+        elif isinstance(error, self._library.APIConnectionError):
+            cause = " ".join(str(error.__cause__ or "").split())
+            text = f"no connection ({cause})" if cause else "no connection"
+        elif isinstance(error, ValueError):
+            text = f"an answer that is no complete JSON ({text})"
+        if self._key != NO_KEY:
+            text = text.replace(self._key, f"[{KEY}]")
+        return text if len(text) <= 300 else text[:297] + "..."
+
+
+REFUSED = "the server refused the request"
+NO_ANSWER = "no answer from the server"
+
+
+def load_openai() -> Any:
+    """The library `openai`. Raises ConfigError where it is not installed."""
+    try:
+        return importlib.import_module("openai")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"a language model is asked through the library openai ({error}): pip install 'mtbert[augment]'"
+            " (--offline needs none)"
+        ) from None
+
+
+def _key(body: Mapping[str, Any], attempt: int) -> str:
+    """Of everything that the answer depends on; streaming and the server's address are not among it."""
+    return request_key({"body": body, "attempt": attempt})
+
+
+def _whole(answer: Any) -> Reply:
+    choices = getattr(answer, "choices", None)
+    if not choices:
+        raise ValueError("no choices in it")
+    usage = getattr(answer, "usage", None)
+    return Reply(
+        choices[0].message.content or "",
+        choices[0].finish_reason,
+        answer.model,
+        getattr(usage, "prompt_tokens", None),
+        getattr(usage, "completion_tokens", None),
+    )
+
+
+async def _streamed(stream: Any) -> Reply:
+    parts: list[str] = []
+    finish, model, usage = None, None, None
+    async for chunk in stream:
+        model = chunk.model or model
+        usage = getattr(chunk, "usage", None) or usage
+        if chunk.choices:
+            parts.append(chunk.choices[0].delta.content or "")
+            finish = chunk.choices[0].finish_reason or finish
+    if finish is None:
+        raise ValueError("the stream ends before the answer does")
+    return Reply(
+        "".join(parts),
+        finish,
+        model,
+        getattr(usage, "prompt_tokens", None),
+        getattr(usage, "completion_tokens", None),
+    )
