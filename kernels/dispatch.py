@@ -273,12 +273,12 @@ def set_backend(name: str | None) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend within a `with` block."""
+def use_backend(name: str | None) -> Iterator[None]:
+    """Choose the backend within a `with` block, as `set_backend` does."""
     global _backend
     before = _backend
-    set_backend(name)
     try:
+        set_backend(name)
         yield
     finally:
         _backend = before

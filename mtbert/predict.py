@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mtbert import load
+from mtbert.api import Answer
 from mtbert.cli import config_from_file, run_main
-from mtbert.data.tables import Table, read_table
-from mtbert.engine.build import prepare_data, task_data
-from mtbert.engine.finish import predict_all, predict_split
+from mtbert.data.tables import read_own_table
+from mtbert.engine.build import prepare_data
+from mtbert.engine.finish import predict_all
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import LoadedRun, load_run
 from mtbert.engine.precision import product_settings
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.run_log import logging_to
 from mtbert.errors import ConfigError, DataError
-from mtbert.evaluation.metrics import class_names
-from mtbert.evaluation.predictions import predictions_from_outputs, probabilities
+from mtbert.kernels.dispatch import use_backend
 from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import Task
 
@@ -41,12 +42,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--file",
         type=Path,
-        help="a .txt file (a sentence a line, pairs separated by a tab) or a table with the task's columns",
+        help="a .txt file (a sentence a line, pairs separated by a tab) or a table with the task's columns,"
+        " separated by tabs or commas",
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
     parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
@@ -54,34 +56,40 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("--data and --output are for whole tables; with --task give sentences or --file")
     with logging_to(None):
         run = RunFolder.open(options.run)
-        config = config_from_file(run.config_path)
-        if options.data is not None:
-            if options.output is None:
-                raise ConfigError(
-                    f"--output: name a folder; {run.path} keeps the predictions of its own tables"
-                )
-            config = dataclasses.replace(config, data=options.data)
-        if options.task is not None and options.task not in config.tasks:
-            raise ConfigError(
-                f"--task: {run.path} was trained on {', '.join(config.tasks)}, not on {options.task}"
-            )
-        loaded = load_run(run, config, device=options.device)
-        with memory_errors(config.max_tokens), product_settings(loaded.config.precision):
-            if options.task is None:
-                folder = options.output or run.path
-                predict_tables(loaded, folder)
-                print(f"predictions: {folder / 'predictions'}")
-                return
-            task = loaded.tasks[options.task]
-            table = table_of_texts(task, options.text, options.file)
-            for problem in table.problems:
-                print(f"left out: {problem}", file=sys.stderr)
-            for answer in answers(loaded, task, table):
-                print(json.dumps(answer, ensure_ascii=False) if options.json else _readable(answer))
+        if options.task is None:
+            predict_tables(run, options.data, options.output, options.device)
+            return
+        model = load(run.path, device=options.device)
+        task = model.task(options.task)
+        rows = list(_given(task, options.text, options.file))
+        for (identity, _), answer in zip(
+            rows, model.answers(task.name, [texts for _, texts in rows]), strict=True
+        ):
+            print(_json(identity, answer) if options.json else _readable(answer))
 
 
-def predict_tables(loaded: LoadedRun, folder: Path) -> None:
-    """Write the prediction files of the dev and test tables of every task under `folder`/predictions."""
+def predict_tables(run: RunFolder, data: str | None, output: Path | None, device: str) -> None:
+    """Write the prediction files of the dev and test tables of every task of a run under `output`/predictions.
+
+    data: instead of the run's own tables.
+    """
+    config = config_from_file(run.config_path)
+    if data is not None:
+        if output is None:
+            raise ConfigError(f"--output: name a folder; {run.path} keeps the predictions of its own tables")
+        config = dataclasses.replace(config, data=data)
+    loaded = load_run(run, config, device=device)
+    folder = output or run.path
+    with (
+        memory_errors(config.max_tokens),
+        product_settings(loaded.config.precision),
+        use_backend(None if config.kernels == "auto" else config.kernels),
+    ):
+        _write_tables(loaded, folder)
+    print(f"predictions: {folder / 'predictions'}")
+
+
+def _write_tables(loaded: LoadedRun, folder: Path) -> None:
     config = loaded.config
     tables = load_tables(config.data, list(loaded.tasks.values()), required=())
     if not any(split in splits for splits in tables.values() for split in ("dev", "test")):
@@ -92,36 +100,31 @@ def predict_tables(loaded: LoadedRun, folder: Path) -> None:
     )
 
 
-def table_of_texts(task: Task, texts: list[str], file: Path | None) -> Table:
-    """An unlabelled table of sentences from the command line or from a file."""
+def _given(task: Task, texts: list[str], file: Path | None) -> Iterator[tuple[str, Any]]:
+    """The examples of the command line or of a file, each with its id."""
     if file is not None and texts:
         raise ConfigError("give sentences or --file, not both")
-    if file is not None and file.suffix != ".txt":
-        return dataclasses.replace(read_table(file, task.name, "input", task.layout), labels=None)
     each = len(task.layout.text_columns)
-    if file is None:
+    if file is not None and file.suffix != ".txt":
+        table = read_own_table(file, task.name, task.layout, labelled=False)
+        for problem in table.problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        rows = zip(table.ids, table.texts, strict=True)
+    elif file is not None:
+        rows = _lines(file, each)
+    else:
         if not texts or len(texts) % each:
             wanted = "pairs of sentences" if each == 2 else "at least one sentence"
             raise ConfigError(f"task {task.name} takes {wanted}; found {len(texts)} sentence(s)")
-        rows = [(n + 1, tuple(texts[n * each : (n + 1) * each])) for n in range(len(texts) // each)]
-        path = Path("command line")
-    else:
-        rows, path = list(_lines(file, each)), file
-    for line, row in rows:
+        rows = ((str(n + 1), tuple(texts[n * each : (n + 1) * each])) for n in range(len(texts) // each))
+    for identity, row in rows:
         if not all(text.strip() for text in row):
-            raise DataError(f"{path}, {'line' if file else 'example'} {line}: a sentence is empty")
-    return Table(
-        task=task.name,
-        split="input",
-        path=path,
-        ids=[str(line) for line, _ in rows],
-        texts=[row for _, row in rows],
-        labels=None,
-        lines=[line for line, _ in rows],
-    )
+            place = f"{file}, line" if file else "command line, example"
+            raise DataError(f"{place} {identity}: a sentence is empty")
+        yield identity, row if each == 2 else row[0]
 
 
-def _lines(file: Path, each: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _lines(file: Path, each: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     try:
         content = file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -139,36 +142,23 @@ def _lines(file: Path, each: int) -> Iterator[tuple[int, tuple[str, ...]]]:
             raise DataError(
                 f"{file}, line {number}: expected two sentences separated by a tab, found {len(row)}"
             )
-        yield number, row
+        yield str(number), row
     if not found:
         raise DataError(f"{file}: holds no sentence")
 
 
-def answers(loaded: LoadedRun, task: Task, table: Table) -> Iterator[dict[str, Any]]:
-    """One JSON-able answer a row: id, text, prediction, and the probability of each class."""
-    config = loaded.config
-    data = task_data(task, config.task[task.name], table, loaded.tokeniser, None)
-    predictions = predict_split(loaded.forward, task, data, "input", max_tokens=config.max_tokens)
-    values = predictions_from_outputs(task, predictions.outputs)
-    chances = None if task.kind == "similarity" else probabilities(task, predictions.outputs)
-    for place, identity in enumerate(predictions.ids):
-        answer: dict[str, Any] = {"id": identity, "text": list(table.texts[place])}
-        if chances is None:
-            answer["prediction"] = float(values[place])
-        else:
-            names = class_names(task)
-            answer["prediction"] = int(values[place])
-            answer["class"] = names[int(values[place])]
-            answer["probabilities"] = {n: float(p) for n, p in zip(names, chances[place], strict=True)}
-        yield answer
+def _json(identity: str, answer: Answer) -> str:
+    found: dict[str, Any] = {"id": identity, "text": list(answer.text), "prediction": answer.prediction}
+    if answer.name is not None:
+        found |= {"class": answer.name, "probabilities": answer.probabilities}
+    return json.dumps(found, ensure_ascii=False)
 
 
-def _readable(answer: dict[str, Any]) -> str:
-    text = " | ".join(answer["text"])
-    if "class" not in answer:
-        return f"{answer['prediction']:.3f}  {text}"
-    name = answer["class"]
-    return f"{name} ({answer['probabilities'][name]:.2f})  {text}"
+def _readable(answer: Answer) -> str:
+    text = " | ".join(answer.text)
+    if answer.name is None:
+        return f"{answer.prediction:.3f}  {text}"
+    return f"{answer.name} ({answer.probabilities[answer.name]:.2f})  {text}"
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from mtbert.engine.build import (
 )
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.distributed import ALONE, World, on_all_ranks
-from mtbert.engine.finish import dev_examples, load_best_weights, predict_all
+from mtbert.engine.finish import dev_examples, load_best_weights, predict_all, swap_pairs
 from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.frozen_prefix import PrefixForward, describe_frozen
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.metrics_log import MetricsLog
 from mtbert.engine.precision import product_settings
+from mtbert.engine.predictor import Predictor
 from mtbert.engine.pretraining import check_stages, describe_stages, run_pretraining
 from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
@@ -45,6 +46,7 @@ from mtbert.evaluation.report import run_results, write_report
 from mtbert.evaluation.results import results_table
 from mtbert.evaluation.run import frozen_layers_text, read_run
 from mtbert.evaluation.seeds import write_seeds
+from mtbert.evaluation.swaps import write_swaps
 from mtbert.ranges import span
 from mtbert.tasks.loading import SAMPLE
 
@@ -199,6 +201,12 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: 
                     logger.info("CUDA graphs, passes without training: %s", forward.graphs.summary())
         if not world.is_main:
             return
+        predictor = Predictor(
+            model, parts.tokeniser, machine, parts.tasks, config.task, max_tokens=config.max_tokens
+        )
+        pairs = {name: task for name, task in parts.tasks.items() if task.is_pair}
+        swaps = {name: swap_pairs(predictor, task, data[name]["dev"].table) for name, task in pairs.items()}
+        write_swaps(run.path, swaps)
         resamples = config.evaluation.resamples
         write_report(run.path, parts.tasks, dev_examples(data), resamples=resamples)
     print(f"\n{results_table(run_results(read_run(run.path), parts.tasks, predictions, resamples))}")

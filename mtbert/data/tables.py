@@ -18,7 +18,7 @@ import csv
 import io
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -175,16 +175,36 @@ def read_folder(
     return tables
 
 
-def read_table(path: Path | str, task: str, split: str, layout: TableLayout) -> Table:
+def read_own_table(path: Path | str, task: str, layout: TableLayout, *, labelled: bool) -> Table:
+    """Reads a table of a user's own, of split "own": as `read_table`, but also with commas between the cells.
+
+    Commas are what the header line decides by holding no tab. Without a column of ids, rows are named by their lines.
+    """
+    path = Path(path)
+    first = io.StringIO(_decode(path), newline=None).readline()
+    delimiter = "\t" if "\t" in first or "," not in first else ","
+    header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
+    if layout.id_column not in header:
+        layout = replace(layout, id_column="")
+    table = read_table(path, task, "own", layout, delimiter=delimiter)
+    if labelled and table.labels is None:
+        raise DataError(f"{path}: no column {layout.label_column!r}, so that it cannot be scored")
+    return table if labelled else replace(table, labels=None)
+
+
+def read_table(
+    path: Path | str, task: str, split: str, layout: TableLayout, *, delimiter: str = "\t"
+) -> Table:
     """Reads one table; see the module's text for the format and for what happens to rows that cannot be used.
 
     Line numbers are physical lines of the file, from 1, of the line on which a row starts. Lines without any
     character are no rows. The splits "train" and "dev" must have the label column; without it another split
-    is unlabelled. Raises DataError, and nothing else, whatever the file holds.
+    is unlabelled. A layout whose id column is empty names each row by its line. Raises DataError, and nothing else,
+    whatever the file holds.
     """
     path = Path(path)
     lines = list(io.StringIO(_decode(path), newline=""))
-    rows = _rows(path, lines)
+    rows = _rows(path, lines, delimiter)
     header_line, _, header = next(rows, (0, 0, []))
     if not header:
         raise DataError(f"{path}: the file is empty; expected a header line with {_names(layout, split)}")
@@ -193,7 +213,7 @@ def read_table(path: Path | str, task: str, split: str, layout: TableLayout) -> 
     table = Table(task, split, path, [], [], None, [])
     labels: list[float] | None = None if columns[-1] is None else []
     for line, last_line, cells in rows:
-        swallowed = _swallowed_rows(path, lines, line, last_line, len(header))
+        swallowed = _swallowed_rows(path, lines, line, last_line, len(header), delimiter)
         try:
             if swallowed:
                 raise _UnusableRowError(
@@ -270,11 +290,11 @@ def _decode(path: Path) -> str:
         ) from None
 
 
-def _rows(path: Path, lines: list[str]) -> Iterator[tuple[int, int, list[str]]]:
+def _rows(path: Path, lines: list[str], delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
     """Yields (first line, last line, cells) of every row, lines from 1."""
     end = "\u0003end of the table"
     terminated = [*lines[:-1], lines[-1].rstrip("\r\n") + "\n"] if lines else []
-    reader = csv.reader([*terminated, end], delimiter="\t")
+    reader = csv.reader([*terminated, end], delimiter=delimiter)
     start = 1
     try:
         for cells in reader:
@@ -296,11 +316,11 @@ def _rows(path: Path, lines: list[str]) -> Iterator[tuple[int, int, list[str]]]:
         ) from None
 
 
-def _swallowed_rows(path: Path, lines: list[str], first: int, last: int, width: int) -> int:
+def _swallowed_rows(path: Path, lines: list[str], first: int, last: int, width: int, delimiter: str) -> int:
     """How many lines within one row look like rows themselves, because a lone quote joined them."""
     if first == last:
         return 0
-    complete = sum(line.count("\t") == width - 1 for line in lines[first - 1 : last])
+    complete = sum(line.count(delimiter) == width - 1 for line in lines[first - 1 : last])
     swallowed = max(0, complete - 1) if width > 1 else 0
     if swallowed > MAX_SWALLOWED_ROWS or last - first > MAX_LINES_PER_FIELD:
         raise DataError(
@@ -312,16 +332,20 @@ def _swallowed_rows(path: Path, lines: list[str], first: int, last: int, width: 
 
 
 def _names(layout: TableLayout, split: str) -> str:
-    names = [layout.id_column, *layout.text_columns]
+    names = _needed(layout)
     return ", ".join([*names, layout.label_column] if split in LABELLED_SPLITS else names)
+
+
+def _needed(layout: TableLayout) -> list[str]:
+    return [*filter(None, [layout.id_column]), *layout.text_columns]
 
 
 def _columns(
     path: Path, line: int, text: str, header: Sequence[str], layout: TableLayout, split: str
-) -> tuple[int, tuple[int, ...], int | None]:
-    """The places of the id, of the texts and of the label (None: unlabelled)."""
+) -> tuple[int | None, tuple[int, ...], int | None]:
+    """The places of the id (None: rows have none), of the texts and of the label (None: unlabelled)."""
     names = [cell.strip() for cell in header]
-    needed = [layout.id_column, *layout.text_columns]
+    needed = _needed(layout)
     if split in LABELLED_SPLITS or layout.label_column in names:
         needed.append(layout.label_column)
     missing = [name for name in needed if name not in names]
@@ -346,7 +370,7 @@ def _columns(
         raise DataError(f"{path}, line {line}: the column {twice[0]!r} occurs {names.count(twice[0])} times")
     places = tuple(names.index(name) for name in layout.text_columns)
     label = names.index(layout.label_column) if layout.label_column in names else None
-    return names.index(layout.id_column), places, label
+    return names.index(layout.id_column) if layout.id_column else None, places, label
 
 
 def _usable(
@@ -354,13 +378,13 @@ def _usable(
     line: int,
     cells: list[str],
     width: int,
-    columns: tuple[int, tuple[int, ...], int | None],
+    columns: tuple[int | None, tuple[int, ...], int | None],
     layout: TableLayout,
 ) -> tuple[str, tuple[str, ...], float]:
     if len(cells) != width:
         raise _UnusableRowError(f"found {len(cells)} cells, expected {width}")
     id_place, text_places, label_place = columns
-    row_id = cells[id_place].strip()
+    row_id = str(line) if id_place is None else cells[id_place].strip()
     texts = tuple(cells[place].strip() for place in text_places)
     label_text = "" if label_place is None else cells[label_place].strip()
     reasons = [f"no {layout.id_column}"] * (not row_id)

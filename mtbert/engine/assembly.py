@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtbert.curriculum import Curriculum
+from mtbert.data.tokenisation import Tokeniser
 from mtbert.engine.build import (
     Machine,
     TaskSplits,
@@ -44,6 +45,7 @@ class Parts:
     machine: Machine
     tasks: dict[str, Task]
     model: MultiTaskModel
+    tokeniser: Tokeniser
     data: TaskSplits
     forward: Forward
     train_step: TrainStep
@@ -95,5 +97,16 @@ def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
     )
     unfreezing = Unfreezing(model, config.unfreezing, config.epochs) if config.unfreezing.active else None
     return Parts(
-        machine, tasks, model, data, forward, train_step, curriculum, unfreezing, evaluator, graphs, compiled
+        machine,
+        tasks,
+        model,
+        tokeniser,
+        data,
+        forward,
+        train_step,
+        curriculum,
+        unfreezing,
+        evaluator,
+        graphs,
+        compiled,
     )

@@ -28,7 +28,7 @@ from mtbert.engine.forward import Forward, PackedForward
 from mtbert.engine.frozen_prefix import build_prefix_forward
 from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.loss_scale import LossScaler
-from mtbert.engine.precision import DTYPES, resolve_device, resolve_precision
+from mtbert.engine.precision import DTYPES, Precision, resolve_device, resolve_precision
 from mtbert.kernels.dispatch import serving, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
@@ -92,7 +92,12 @@ def prepare_machine(config: TrainConfig, world: World = ALONE) -> Machine:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    precision = resolve_precision(config.precision, device)
+    return machine_of(device, config.precision, world)
+
+
+def machine_of(device: torch.device, precision: Precision, world: World = ALONE) -> Machine:
+    """The device and its compute type. Raises ConfigError for a precision that the device does not have."""
+    precision = resolve_precision(precision, device)
     return Machine(device, DTYPES[precision], tf32=precision == "tf32", world=world)
 
 

@@ -10,12 +10,16 @@ import numpy as np
 from torch import nn
 
 from mtbert.data.dataset import TaskData
+from mtbert.data.tables import Table
 from mtbert.engine.checkpoint import CheckpointStore
 from mtbert.engine.distributed import ALONE, World
+from mtbert.engine.evaluator import seeded_sample
 from mtbert.engine.forward import Forward
 from mtbert.engine.inference import infer
+from mtbert.engine.predictor import Predictor
 from mtbert.errors import CheckpointError
 from mtbert.evaluation.predictions import SINGLE_TASK_COURSE_TASKS, Predictions, write_prediction_files
+from mtbert.evaluation.swaps import MOST_PAIRS, SwapConsistency, swap_consistency
 from mtbert.ranges import span
 from mtbert.tasks.registry import Task
 
@@ -78,6 +82,13 @@ def predict_all(
                 if split == "dev":
                     dev[name] = predictions
     return dev
+
+
+def swap_pairs(predictor: Predictor, task: Task, table: Table, *, seed: int = 0) -> SwapConsistency:
+    """How a task's outputs change when the sentences of a pair do; on a seeded sample of at most MOST_PAIRS pairs."""
+    chosen = seeded_sample(len(table), MOST_PAIRS, seed, task.name)
+    outputs, swapped = predictor.both_ways(task.name, [table.texts[place] for place in chosen])
+    return swap_consistency(task, outputs, swapped, of=len(table))
 
 
 def dev_examples(

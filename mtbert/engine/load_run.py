@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mtbert.config import TrainConfig
 from mtbert.data.tokenisation import Tokeniser
-from mtbert.engine.build import Machine, build_forward, load_model, prepare_machine, tasks_of
+from mtbert.engine.build import Machine, load_model, machine_of, tasks_of
 from mtbert.engine.export import is_exported
 from mtbert.engine.finish import load_best_weights
-from mtbert.engine.forward import Forward
-from mtbert.engine.precision import precision_elsewhere, resolve_device
+from mtbert.engine.forward import PackedForward
+from mtbert.engine.precision import Precision, precision_elsewhere, resolve_device, resolve_precision
 from mtbert.engine.run_folder import RunFolder
 from mtbert.errors import ConfigError
 from mtbert.model.multitask import MultiTaskModel
@@ -29,13 +29,18 @@ class LoadedRun:
     machine: Machine
     model: MultiTaskModel
     tokeniser: Tokeniser
-    forward: Forward
+    forward: PackedForward
     step: int
     """The step of the checkpoint whose weights are loaded."""
 
 
-def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) -> LoadedRun:
-    """Load the best checkpoint of a run, without gradients. Raises UserError for a folder that holds none."""
+def load_run(
+    run: RunFolder, config: TrainConfig, *, device: str | None = None, precision: Precision | None = None
+) -> LoadedRun:
+    """Load the best checkpoint of a run, without gradients. Raises UserError for a folder that holds none.
+
+    precision: by default that of the training. Nothing of the process is changed: neither threads nor kernels.
+    """
     if config.seeds > 1:
         raise ConfigError(
             f"{run.path} holds the runs of {config.seeds} seeds; name one of them, like"
@@ -50,11 +55,12 @@ def load_run(run: RunFolder, config: TrainConfig, *, device: str | None = None) 
         )
     # The machine of the training need not be this one.
     place = resolve_device(device or "auto")
-    precision = precision_elsewhere(config.precision, place)
+    precision = resolve_precision(precision or precision_elsewhere(config.precision, place), place)
     config = dataclasses.replace(config, device=str(place), threads=0, precision=precision)
-    machine = prepare_machine(config)
+    machine = machine_of(place, precision)
     model, tokeniser = load_model(config, machine)
     step = load_best_weights(model, run.checkpoints)
-    forward = build_forward(config, model, machine)
+    # No table is read often enough here to keep a frozen encoder's features of it.
+    forward = PackedForward(model, machine.device, machine.dtype)
     model.eval().requires_grad_(False)
     return LoadedRun(run, config, tasks_of(config), machine, model, tokeniser, forward, step)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from mtbert.data.dataset import TaskData, Truncate
-from mtbert.data.packing import plan_passes
 from mtbert.data.tokenisation import TokenisedTable
 from mtbert.engine.distributed import ALONE, World
 from mtbert.engine.forward import Forward
+from mtbert.engine.inference import pooled_rows
 from mtbert.errors import DataError
 from mtbert.evaluation.embedding_quality import EmbeddingQuality, probe
 from mtbert.model.heads import Pooling
@@ -56,15 +55,7 @@ class SentenceQuality:
         """Quality of the embeddings, without dropout."""
         return self.probe.measure(self.embeddings())
 
-    @torch.inference_mode()
     def embeddings(self) -> np.ndarray:
         """Pooled rows [m, C] of the probe's texts, float64."""
-        # Longest first, so that a pass holds rows of like length.
-        order = np.argsort(-self.data.lengths, kind="stable")
-        passes = plan_passes({self.data.name: order}, {self.data.name: self.data}, self.max_tokens)
-        ends = np.cumsum([len(requests[0].examples) for requests in passes])
-        embeddings = np.zeros((len(order), self.forward.model.encoder.config.hidden_size))
-        for number in self.world.share_of(len(passes)):
-            rows = self.forward(passes[number], None).rows[self.data.name].double().cpu().numpy()
-            embeddings[order[ends[number] - len(rows) : ends[number]]] = rows
-        return self.world.added(embeddings)
+        rows = pooled_rows(self.forward, self.data, max_tokens=self.max_tokens, world=self.world)
+        return rows.astype(np.float64)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mtbert.errors import DataError
 from mtbert.evaluation.metrics import COURSE_TRIO, mean_of, overall_of, score
+from mtbert.evaluation.ordinal import mean_absolute_error, moments, quadratic_kappa
 from mtbert.evaluation.predictions import Predictions, check_outputs, predictions_from_outputs
 
 if TYPE_CHECKING:
@@ -71,6 +72,20 @@ def intervals(
             value = join(*(values[part] for part in COURSE_TRIO))
             result[name] = _interval(value, join(*(samples[part] for part in COURSE_TRIO)))
     return result
+
+
+def ordinal_intervals(
+    task: Task, predictions: Predictions, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Intervals of what is scored beside the headline where classes have an order, by its name; else none."""
+    if not task.ordered:
+        return {}
+    predicted = predictions_from_outputs(task, predictions.outputs)
+    columns = moments(_labels(predictions), predicted)
+    means = columns.mean(axis=0) if len(columns) else np.zeros(columns.shape[1])
+    samples = _resampled_means(columns, resamples, _generator(task, seed))
+    scored = {"mean absolute error": mean_absolute_error, "quadratic kappa": quadratic_kappa}
+    return {name: _interval(float(of(means)), of(samples)) for name, of in scored.items()}
 
 
 def paired_differences(
@@ -139,8 +154,7 @@ def _headline_samples(
     task: Task, labels: np.ndarray, runs: list[np.ndarray], resamples: int, seed: int
 ) -> list[np.ndarray]:
     """The headline of every run in every resample: one array [resamples] a run, on the same resamples."""
-    # The task's name is in the key: tasks are independent, and adding one leaves the others' figures alone.
-    generator = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+    generator = _generator(task, seed)
     labels = np.asarray(labels)
     if task.kind != "similarity":
         hits = [predictions_from_outputs(task, outputs) == labels for outputs in runs]
@@ -153,6 +167,11 @@ def _headline_samples(
         columns += [predicted, predicted * predicted, predicted * truth]
     means = _resampled_means(np.stack(columns, axis=1), resamples, generator)
     return [_pearson(means[:, :2], means[:, 2 + 3 * run : 5 + 3 * run]) for run in range(len(runs))]
+
+
+def _generator(task: Task, seed: int) -> np.random.Generator:
+    # The task's name is in the key: tasks are independent, and adding one leaves the others' figures alone.
+    return np.random.default_rng([seed, zlib.crc32(task.name.encode())])
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

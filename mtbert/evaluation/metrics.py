@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
+from mtbert.evaluation.ordinal import mean_absolute_error, moments, quadratic_kappa
 from mtbert.evaluation.predictions import check_outputs, predictions_from_outputs
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class TaskScores:
     pearson: float | None = None
     spearman: float | None = None
     mse: float | None = None
+    mean_absolute_error: float | None = None
+    """In classes; for a task whose classes have an order, as is the next."""
+    quadratic_kappa: float | None = None
 
     @property
     def headline(self) -> float:
@@ -121,7 +125,10 @@ def _class_scores(task: Task, labels: np.ndarray, predicted: np.ndarray) -> Task
     f1 = 2 * hits / np.maximum(support + chosen, 1)
     seen = (support + chosen) > 0
     names = class_names(task)
+    means = moments(labels, predicted).mean(axis=0) if task.ordered and len(labels) else np.zeros(6)
     return TaskScores(
+        mean_absolute_error=float(mean_absolute_error(means)) if task.ordered else None,
+        quadratic_kappa=float(quadratic_kappa(means)) if task.ordered else None,
         kind=task.kind,
         examples=len(labels),
         accuracy=float(hits.sum() / max(len(labels), 1)),

@@ -76,12 +76,15 @@ def predictions_from_outputs(task: Task, outputs: np.ndarray) -> np.ndarray:
     return outputs[:, 0].astype(np.float32)
 
 
+def class_logits(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """A logit for each class, float64 [n, classes], of a classification or binary task's outputs [n, k]."""
+    outputs = check_outputs(task, outputs)
+    return np.concatenate([np.zeros_like(outputs), outputs], axis=1) if task.kind == "binary" else outputs
+
+
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
     """Class probabilities float64 [n, classes] of a classification or binary task's outputs [n, k]."""
-    outputs = check_outputs(task, outputs)
-    logits = outputs
-    if task.kind == "binary":
-        logits = np.concatenate([np.zeros_like(outputs), outputs], axis=1)
+    logits = class_logits(task, outputs)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtbert.evaluation.assessment import ordinal_text
 from mtbert.evaluation.bootstrap import RESAMPLES
+from mtbert.evaluation.calibration import BINS, CalibrationReport, calibration_report, calibration_rows
 from mtbert.evaluation.evaluation_table import evaluation_rows
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.halves import SELECTION_HALF, WHOLE
@@ -23,6 +25,7 @@ from mtbert.evaluation.predictions import Predictions
 from mtbert.evaluation.profile import profile_section
 from mtbert.evaluation.results import Results, class_table_rows, result_rows, results
 from mtbert.evaluation.run import Run, check_tasks, read_run, run_baselines
+from mtbert.evaluation.swaps import SwapConsistency, read_swaps
 from mtbert.evaluation.table import Cell, markdown_table
 from mtbert.evaluation.worst import worst_errors
 
@@ -55,7 +58,13 @@ def write_report(
     chosen = {name: tasks[name] for name in run.tasks}
     predictions = run.all_predictions(chosen)
     outcome = run_results(run, chosen, predictions, resamples)
-    plots = write_plots(run, chosen, predictions, outcome)
+    calibrations = {
+        name: found
+        for name, task in outcome.tasks.items()
+        if (found := calibration_report(task, predictions[name], halved=run.halved)) is not None
+    }
+    plots = write_plots(run, chosen, predictions, outcome, calibrations)
+    swaps = read_swaps(folder)
     sections = [
         _header(run),
         _results(run, outcome, resamples),
@@ -63,7 +72,17 @@ def write_report(
         image_links(plots, folder, ("metrics", "losses")),
         *method_sections(run.history, chosen, plots, folder, dev=SELECTION_HALF if run.halved else WHOLE),
         *(
-            _task(task, outcome, predictions, plots, folder, examples, worst)
+            _task(
+                task,
+                outcome,
+                predictions,
+                plots,
+                folder,
+                examples,
+                worst,
+                calibrations.get(task.name),
+                swaps.get(task.name),
+            )
             for task in outcome.tasks.values()
         ),
         _data(run, chosen, plots, folder),
@@ -180,6 +199,8 @@ def _task(
     folder: Path,
     examples: Examples | None,
     worst: int,
+    calibration: CalibrationReport | None,
+    swaps: SwapConsistency | None,
 ) -> str:
     scores = outcome.scores[task.name]
     parts = [f"## {escape(task.title)}"]
@@ -192,10 +213,28 @@ def _task(
         rows = [[escape(str(row[0])), *row[1:]] for row in rows]
         parts.append(f"Accuracy {scores.accuracy:.3f}, macro F1 {scores.macro_f1:.3f}.")
         parts.append(markdown_table(headers, rows))
+        parts.append(ordinal_text(outcome, task))
+    if swaps is not None:
+        parts.append(swaps.to_text())
     parts.append(image_links(plots, folder, (f"confusion-{task.name}", f"similarity-{task.name}")))
+    if calibration is not None:
+        parts.append(_calibration(task, calibration, plots, folder))
     if examples is not None and task.name in examples:
         parts.append(_worst(task, predictions[task.name], examples[task.name], worst))
     return "\n\n".join(filter(None, parts))
+
+
+def _calibration(task: Task, report: CalibrationReport, plots: Mapping[str, Path], folder: Path) -> str:
+    note = (
+        f"Calibration error: the mean gap between confidence and accuracy in {BINS} bins of confidence. All three are"
+        " better when lower. The temperature divides all logits; no prediction changes."
+    )
+    rows = markdown_table(*calibration_rows(report))
+    return "\n\n".join(
+        filter(
+            None, ["### Calibration", rows, note, image_links(plots, folder, (f"reliability-{task.name}",))]
+        )
+    )
 
 
 def _worst(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtbert.evaluation.baselines import Baselines
-from mtbert.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, intervals
+from mtbert.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, intervals, ordinal_intervals
 from mtbert.evaluation.halves import REPORT_HALF, reported
 from mtbert.evaluation.metrics import TaskScores, headline_name, mean, overall, score
 from mtbert.evaluation.predictions import Predictions
@@ -32,6 +32,8 @@ class Results:
     train: Mapping[str, TaskScores]
     split: str = "dev"
     whole: Mapping[str, Interval] = field(default_factory=dict)
+    ordinal: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
+    """Mean absolute error and kappa of the tasks whose classes have an order."""
 
     @property
     def overall(self) -> float | None:
@@ -68,9 +70,13 @@ def results(
         if entry.labels is not None
     }
     ends = intervals(chosen, labelled, resamples=resamples)
-    return Results(
-        chosen, scores, ends, baselines or {}, train or {}, REPORT_HALF if halved else split, whole
-    )
+    ordinal = {
+        name: ordinal_intervals(tasks[name], entry, resamples=resamples)
+        for name, entry in labelled.items()
+        if tasks[name].ordered
+    }
+    shown = REPORT_HALF if halved else split
+    return Results(chosen, scores, ends, baselines or {}, train or {}, shown, whole, ordinal)
 
 
 def result_rows(results: Results) -> tuple[list[str], list[list[Cell]]]:

@@ -189,12 +189,8 @@ class Head(nn.Module):
         The two rows of a pair stand next to each other. dropout_row: int32, one a row, that of its first
         token; needed with `dropout`.
         """
-        # A head without parameters (cosine alone) computes in the dtype of its rows.
-        x = rows.to(next((parameter.dtype for parameter in self.parameters()), rows.dtype))
-        depth = 0
-        for layer in _linears(self.towers):
-            x = self._layer(layer, x, dropout_row, dropout, depth)
-            depth += 1
+        x = self.climb(rows, dropout_row, dropout)
+        depth = len(self.towers)
         if self.features:
             x = self.parts["join"](x)
             if dropout_row is not None:
@@ -206,6 +202,16 @@ class Head(nn.Module):
             x = self._drop(x, dropout_row, dropout, depth)
             return self.parts["score"](x, self.output.weight, self.output.bias)
         return self.parts["score"](x)
+
+    def climb(
+        self, rows: Tensor, dropout_row: Tensor | None = None, dropout: DropoutStream | None = None
+    ) -> Tensor:
+        """Pooled rows [m, C] through the towers: what the pair feature compares. [m, width of the towers]"""
+        # A head without parameters (cosine alone) computes in the dtype of its rows.
+        x = rows.to(next((parameter.dtype for parameter in self.parameters()), rows.dtype))
+        for depth, layer in enumerate(_linears(self.towers)):
+            x = self._layer(layer, x, dropout_row, dropout, depth)
+        return x
 
     def _drop(
         self, x: Tensor, dropout_row: Tensor | None, dropout: DropoutStream | None, depth: int

@@ -31,6 +31,9 @@ class Task:
     """File name of each split (`train`, `dev`, `test`) in a data folder."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in label order; empty for similarity tasks."""
+    ordered: bool = False
+    """Whether the classes are steps of a scale, so that a neighbour is less wrong: then mean absolute error and
+    quadratic weighted kappa are reported, too. The training doesn't know of it."""
 
     def __post_init__(self) -> None:
         labels = self.layout.labels
@@ -38,6 +41,8 @@ class Task:
             raise ConfigError(f"task {self.name}: a similarity task needs ScoreLabels, found {labels}")
         if self.kind != "similarity" and not isinstance(labels, ClassLabels):
             raise ConfigError(f"task {self.name}: a {self.kind} task needs ClassLabels, found {labels}")
+        if self.ordered and (self.kind != "classification" or self.classes < 3):
+            raise ConfigError(f"task {self.name}: ordered needs a classification of 3 or more classes")
         if isinstance(labels, ClassLabels):
             if self.kind == "binary" and labels.count != 2:
                 raise ConfigError(f"task {self.name}: a binary task has 2 classes, found {labels.count}")
@@ -100,6 +105,7 @@ register(
         layout=TableLayout(("sentence",), "sentiment", ClassLabels(5)),
         files={"train": "ids-sst-train.csv", "dev": "ids-sst-dev.csv", "test": "ids-sst-test-student.csv"},
         class_names=("very negative", "negative", "neutral", "positive", "very positive"),
+        ordered=True,
     )
 )
 register(

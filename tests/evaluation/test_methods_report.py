@@ -241,5 +241,5 @@ def test_a_plain_run_has_none_of_them(make_run, monkeypatch: pytest.MonkeyPatch)
     assert not {"Objectives", "Gradients", "Learned weights", "Alignment and uniformity", "Forgetting"} & set(
         titles
     )
-    assert len(drawn) == 8
+    assert len(drawn) == 10
     assert read_run(folder).history.phases() == []

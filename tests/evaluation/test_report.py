@@ -76,7 +76,7 @@ def test_every_figure_of_the_report_is_there(make_run) -> None:
     folder = make_run("run", names=("sst", "para", "sts", "cfimdb"))
     report = write_report(folder, TASKS).read_text(encoding="utf-8")
     linked = re.findall(r"!\[[^]]*\]\(([^)]*)\)", report)
-    assert len(linked) == len(set(linked)) == 9
+    assert len(linked) == len(set(linked)) == 12
     assert all((folder / link).is_file() for link in linked)
     assert {Path(link).name for link in linked} == {file.name for file in (folder / "plots").iterdir()}
 

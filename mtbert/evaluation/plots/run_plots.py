@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtbert.evaluation.forgetting import phases
 from mtbert.evaluation.halves import SELECTION_HALF, WHOLE, reported
+from mtbert.evaluation.plots.calibration import reliability_plot
 from mtbert.evaluation.plots.confusion import confusion_plot
 from mtbert.evaluation.plots.curves import loss_curves, metric_curves, optimiser_curves, speed_plot
 from mtbert.evaluation.plots.labels import label_histograms
@@ -26,17 +27,22 @@ from mtbert.evaluation.results import Results
 from mtbert.evaluation.run import Run, run_baselines
 
 if TYPE_CHECKING:
+    from mtbert.evaluation.calibration import CalibrationReport
     from mtbert.evaluation.predictions import Predictions
     from mtbert.tasks.registry import Task
 
 
 def write_plots(
-    run: Run, tasks: Mapping[str, Task], predictions: Mapping[str, Predictions], results: Results
+    run: Run,
+    tasks: Mapping[str, Task],
+    predictions: Mapping[str, Predictions],
+    results: Results,
+    calibrations: Mapping[str, CalibrationReport],
 ) -> dict[str, Path]:
     """Write plots/*.png into the run's folder and return their paths by name; what has no data is left out.
 
     `tasks` are the run's own. Names: `losses`, `metrics`, `objectives`, `gradients`, `weights`, `embedding`,
-    `forgetting`, `optimiser`, `speed`, `profile`, `labels`, `confusion-TASK` and `similarity-TASK`.
+    `forgetting`, `optimiser`, `speed`, `profile`, `labels`, `confusion-TASK`, `reliability-TASK` and `similarity-TASK`.
     """
     source = Source(run.name, run.git)
     history, drawn = run.history, {}
@@ -68,6 +74,10 @@ def write_plots(
             )
         else:
             drawn[f"confusion-{name}"] = confusion_plot(task, scores, source, results.split)
+            if name in calibrations:
+                drawn[f"reliability-{name}"] = reliability_plot(
+                    task, calibrations[name], source, results.split
+                )
     histograms = {
         name: {split: run.data(name, split).get("labels") or {} for split in ("train", "dev")}
         for name in tasks
