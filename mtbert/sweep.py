@@ -18,7 +18,7 @@ from mtbert.config import TrainConfig, to_dict, to_yaml
 from mtbert.engine.durable import replace_file
 from mtbert.engine.interruptions import stop_with_parent
 from mtbert.engine.shared import SharedParts
-from mtbert.errors import ConfigError, UserError
+from mtbert.errors import ConfigError, Interrupted, UserError
 from mtbert.evaluation.comparison import config_differences
 from mtbert.evaluation.sweep_report import Sweep, SweepTrial, write_sweep_report
 from mtbert.ranges import span
@@ -54,12 +54,18 @@ def main(arguments: list[str]) -> None:
         import_wandb()
     base = read(())
     study = _opened(options, space, base)
-    if options.jobs == 1:
-        _work(options, space, study, 1)
-    else:
-        command = (sys.executable, "-c", _WORKER, str(os.getpid()), *arguments)
-        threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
-        supervise(command, study, jobs=options.jobs, threads=threads, total=space.total)
+    try:
+        if options.jobs == 1:
+            _work(options, space, study, 1)
+        else:
+            command = (sys.executable, "-c", _WORKER, str(os.getpid()), *arguments)
+            threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
+            supervise(command, study, jobs=options.jobs, threads=threads, total=space.total)
+    except Interrupted:
+        raise
+    except UserError:
+        _report(study, options)
+        raise
     _report(study, options)
 
 
@@ -99,18 +105,49 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("space", metavar="SPACE.yaml", help=f"the search space, or one that is shipped: {', '.join(sorted(shipped()))}")
+    add(
+        "space",
+        metavar="SPACE.yaml",
+        help=f"the search space, or one that is shipped: {', '.join(sorted(shipped()))}",
+    )
     add("--output", type=Path, metavar="DIR", help="folder of the sweep: study, trials, report")
-    add("--trials", type=_count, metavar="N", help="number of trials; more than before goes on (method tpe, random)")
+    add(
+        "--trials",
+        type=_count,
+        metavar="N",
+        help="number of trials; more than before goes on (method tpe, random)",
+    )
     add("--jobs", type=_count, default=1, metavar="N", help="trials at a time on this machine (%(default)s)")
     add("--threads", type=_count, metavar="N", help="threads of each process (--jobs divide the processors)")
-    add("--seed", type=int, metavar="N", help="of the search (the trials' own is the field seed: parameters or fixed)")
-    add("--keep", type=_keep, metavar="N", help="best trials that keep their checkpoints: a number, or all (3)")
-    add("--storage", metavar="URL", help="an optuna storage, such as sqlite:///sweep.db (a journal file in DIR)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the search (the trials' own is the field seed: parameters or fixed)",
+    )
+    add(
+        "--keep",
+        type=_keep,
+        metavar="N",
+        help="best trials that keep their checkpoints: a number, or all (3)",
+    )
+    add(
+        "--storage",
+        metavar="URL",
+        help="an optuna storage, such as sqlite:///sweep.db (a journal file in DIR)",
+    )
     add("--study", default="sweep", metavar="NAME", help="name of the study in the storage (%(default)s)")
     add("--wandb", metavar="PROJECT", help="log every trial to this Weights & Biases project")
-    add("--separate", action="store_true", help="share nothing between the trials of a process: the same scores, slower")
-    add("--list", action="store_true", help="show the space, the number of trials and some of them; run nothing")
+    add(
+        "--separate",
+        action="store_true",
+        help="share nothing between the trials of a process: the same scores, slower",
+    )
+    add(
+        "--list",
+        action="store_true",
+        help="show the space, the number of trials and some of them; run nothing",
+    )
     add("--report", action="store_true", help="only write the report of the trials so far")
     return parser
 
@@ -235,7 +272,15 @@ def _report(study: Study, options: argparse.Namespace) -> None:
     about = {parameter.name: parameter.describe() for parameter in space.parameters}
     logs = {parameter.name for parameter in space.parameters if parameter.log}
     sweep = Sweep(
-        options.output, Path(options.space).name, space.method, space.pruner, about, logs, trials, importances, method
+        options.output,
+        Path(options.space).name,
+        space.method,
+        space.pruner,
+        about,
+        logs,
+        trials,
+        importances,
+        method,
     )
     print(f"report: {write_sweep_report(sweep)}")
 

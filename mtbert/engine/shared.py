@@ -52,7 +52,9 @@ class SharedParts:
         self._frozen: dict[tuple[Any, ...], nn.Parameter] = {}
         self._digests: dict[tuple[Any, ...], bytes] = {}
         self._features: OrderedDict[tuple[Any, ...], tuple[TaskData, Tensor]] = OrderedDict()
-        self._encoders: weakref.WeakKeyDictionary[FrozenForward, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+        self._encoders: weakref.WeakKeyDictionary[FrozenForward, tuple[Any, ...]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def tables(self, source: str, tasks: Sequence[Task]) -> dict[str, dict[str, Table]]:
         """As `load_tables`, each table read once."""
@@ -116,11 +118,15 @@ class SharedParts:
             if parameter.requires_grad or _digest([parameter]) != self._digests[key]:
                 self._frozen.clear()
                 self._digests.clear()
-                raise RuntimeError(f"a run has changed the frozen weight {key[1]}.{key[2]}, which others share")
+                raise RuntimeError(
+                    f"a run has changed the frozen weight {key[1]}.{key[2]}, which others share"
+                )
 
     # ---- features ----
 
-    def features(self, forward: FrozenForward, data: TaskData, compute: Callable[[TaskData], Tensor]) -> Tensor:
+    def features(
+        self, forward: FrozenForward, data: TaskData, compute: Callable[[TaskData], Tensor]
+    ) -> Tensor:
         """Pooled rows of a table by a frozen encoder, computed for the first run that asks for them."""
         model = forward.model
         pooling = model.poolings.get(data.name) or model.probe_poolings[data.name]
@@ -132,7 +138,10 @@ class SharedParts:
             return self._features[key][1]
         rows = compute(data)
         self._features[key] = (data, rows)  # the table stays, and with it its id
-        while len(self._features) > 1 and sum(_bytes(t) for _, t in self._features.values()) > _MOST_FEATURE_BYTES:
+        while (
+            len(self._features) > 1
+            and sum(_bytes(t) for _, t in self._features.values()) > _MOST_FEATURE_BYTES
+        ):
             self._features.popitem(last=False)
         return rows
 

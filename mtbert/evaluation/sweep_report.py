@@ -185,7 +185,9 @@ def _table(sweep: Sweep) -> str:
         for place in keep:
             cell = row[place]
             if isinstance(cell, float):
-                digits = f"{cell:.4f}" if 2 <= place < len(headers) - 2 - len(sweep.parameters) else f"{cell:g}"
+                digits = (
+                    f"{cell:.4f}" if 2 <= place < len(headers) - 2 - len(sweep.parameters) else f"{cell:g}"
+                )
                 cells.append(digits)
             else:
                 cells.append(escape(cell) if isinstance(cell, str) else cell)
@@ -236,8 +238,14 @@ def _failures(sweep: Sweep) -> str:
     reasons = Counter(trial.reason for trial in sweep.trials if trial.state == "failed")
     if not reasons:
         return ""
-    lines = [f"- {count} of {len(sweep.trials)}: {escape(reason, 400)}" for reason, count in reasons.most_common()]
-    more = [] if len(lines) <= REASONS_SHOWN else [f"- and {len(lines) - REASONS_SHOWN} reasons more (trials.csv)"]
+    lines = [
+        f"- {count} of {len(sweep.trials)}: {escape(reason, 400)}" for reason, count in reasons.most_common()
+    ]
+    more = (
+        []
+        if len(lines) <= REASONS_SHOWN
+        else [f"- and {len(lines) - REASONS_SHOWN} reasons more (trials.csv)"]
+    )
     return "## Failed trials\n\n" + "\n".join([*lines[:REASONS_SHOWN], *more])
 
 
@@ -284,7 +292,10 @@ _SCRIPT = """for (const [place, head] of [...document.querySelectorAll("th")].en
 
 def _page(sweep: Sweep, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """All trials as a page that needs nothing else; a click on a column's head sorts by it."""
-    text = [all(row[place] is None or isinstance(row[place], str) for row in rows) for place in range(len(headers))]
+    text = [
+        all(row[place] is None or isinstance(row[place], str) for row in rows)
+        for place in range(len(headers))
+    ]
     state = headers.index("state")
 
     def cell(value: Cell, place: int) -> str:
@@ -293,7 +304,8 @@ def _page(sweep: Sweep, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) 
         return f'<td{kind} data-value="{html.escape(shown)}">{html.escape(shown)}</td>'
 
     head = "".join(
-        f'<th{" class=text" if text[place] else ""}>{html.escape(name)}</th>' for place, name in enumerate(headers)
+        f"<th{' class=text' if text[place] else ''}>{html.escape(name)}</th>"
+        for place, name in enumerate(headers)
     )
     body = "\n".join(
         f'<tr class="{html.escape(str(row[state]))}">{"".join(cell(value, place) for place, value in enumerate(row))}</tr>'

@@ -72,9 +72,7 @@ def build_model(
             )
     if MODE_ALIASES.get(mode, mode) == "last-linear-layer":
         _check_frozen(config)
-    encoder = load_encoder(
-        folder, config=sizes, dropouts=config.dropout, generator=generator, opened=opened
-    )
+    encoder = load_encoder(folder, config=sizes, dropouts=config.dropout, generator=generator, opened=opened)
     built = build_heads(specs, heads, sizes.hidden_size, generator)
     tasks = [spec.name for spec in specs]
     if config.extra_hidden.depth:

@@ -332,9 +332,13 @@ def _parameter(name: Any, value: Any, before: Sequence[Parameter]) -> Parameter:
         )
     _known(value, _KEYS, f"{where}.")
     if "choices" in value and any(key in value for key in _RANGE):
-        raise ConfigError(f"{where}: has choices and {next(k for k in _RANGE if k in value)}; possible: one of both")
+        raise ConfigError(
+            f"{where}: has choices and {next(k for k in _RANGE if k in value)}; possible: one of both"
+        )
     if "choices" not in value and not ("low" in value and "high" in value):
-        raise ConfigError(f"{where}: expected choices, or low and high, found {', '.join(map(str, value)) or 'nothing'}")
+        raise ConfigError(
+            f"{where}: expected choices, or low and high, found {', '.join(map(str, value)) or 'nothing'}"
+        )
     named = isinstance(value.get("choices"), dict)
     targets = _targets(where, name, value, named)
     choices = _choices(where, value["choices"], targets) if "choices" in value else {}
@@ -438,7 +442,9 @@ def _range(where: str, value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(log, bool):
         raise ConfigError(f"{where}.log: expected true or false, found {log!r}")
     if low >= high:
-        raise ConfigError(f"{where}: the range is empty: low is {low:g} and high {high:g}; expected low below high")
+        raise ConfigError(
+            f"{where}: the range is empty: low is {low:g} and high {high:g}; expected low below high"
+        )
     if log and low <= 0:
         raise ConfigError(f"{where}.low: a log scale needs numbers above 0, found {low:g}")
     step = None
@@ -517,7 +523,9 @@ def checked(space: Space, read: Read, given: Sequence[str] = ()) -> Space:
             found.grid()
         return found
     except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(str(space.path)) else f"{space.path}: {error}") from error
+        raise ConfigError(
+            str(error) if str(error).startswith(str(space.path)) else f"{space.path}: {error}"
+        ) from error
 
 
 def _refuse_fields(parameter: Parameter, pinned: set[str], before: Sequence[Parameter]) -> None:
@@ -601,7 +609,9 @@ def _held(where: str, settings: Mapping[str, Any], read: Read, base: TrainConfig
         if isinstance(found, dict):
             raise ConfigError(f"{where}: {name} is a group of fields: {', '.join(found)}")
         if isinstance(given, bool) != isinstance(found, bool):
-            raise ConfigError(f"{where}: {name}: expected {type(found).__name__}, found {given!r} ({_YAML_BOOLEANS})")
+            raise ConfigError(
+                f"{where}: {name}: expected {type(found).__name__}, found {given!r} ({_YAML_BOOLEANS})"
+            )
         held[name] = found
     return held
 

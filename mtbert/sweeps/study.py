@@ -99,7 +99,9 @@ class Claim:
 class Study:
     """A sweep's study in an optuna storage, seen from the sweep's folder."""
 
-    def __init__(self, folder: Path, space: Space, *, storage: str | None = None, name: str = "sweep") -> None:
+    def __init__(
+        self, folder: Path, space: Space, *, storage: str | None = None, name: str = "sweep"
+    ) -> None:
         """storage: an optuna storage URL; by default a journal in the folder. Raises UserError."""
         self.folder = folder
         self.space = space
@@ -243,7 +245,9 @@ class Study:
             curve = {int(step): float(value) for step, value in trial.intermediate_values.items()}
             state = words.get(trial.state.name, trial.state.name.lower())
             score = trial.value if state == "complete" else max(curve.values(), default=None)
-            found.append(TrialFacts(trial.number, state, dict(trial.params), score, curve, dict(trial.user_attrs)))
+            found.append(
+                TrialFacts(trial.number, state, dict(trial.params), score, curve, dict(trial.user_attrs))
+            )
         return found
 
     def refusal(self) -> str | None:

@@ -37,7 +37,7 @@ Train = Callable[..., None]
 """`mtbert.train.train`: entry points stand above this package."""
 
 
-class Pruned(Exception):  # noqa: N818 - an end, not an error
+class Pruned(Exception):
     """The trial is stopped: others were better at this evaluation."""
 
 
@@ -75,7 +75,9 @@ class Workshop:
         before = float(claim.facts.get("seconds", 0.0))
         state, reason = "complete", ""
         try:
-            if claim.facts["attempts"] > MOST_ATTEMPTS and _newest_step(folder) <= claim.facts.get("step", -1):
+            if claim.facts["attempts"] > MOST_ATTEMPTS and _newest_step(folder) <= claim.facts.get(
+                "step", -1
+            ):
                 raise UserError(
                     f"the process that ran it was killed {MOST_ATTEMPTS} times, as the system does when memory runs out"
                 )
@@ -134,7 +136,9 @@ class Workshop:
             if self.space.wandb is not None:
                 facts = dict(self.space.settings(claim.values))
                 # First in the line, so that it sees the evaluation at which a trial is pruned.
-                listeners.insert(0, stack.enter_context(wandb_run(self.space.wandb, self.folder, folder, facts, claim)))
+                listeners.insert(
+                    0, stack.enter_context(wandb_run(self.space.wandb, self.folder, folder, facts, claim))
+                )
             try:
                 self.train(config, run, resumed=begun, shared=self.shared, listeners=listeners)
             except BaseException as error:
@@ -185,7 +189,9 @@ class _Watch:
             self.known[number] = score
         if self.claim.trial.should_prune():
             logger.info("pruned after evaluation %d: dev score %.4f", number, score)
-            raise Pruned(f"after evaluation {number} of {self.space.evaluations or 'several'}: dev score {score:.4f}")
+            raise Pruned(
+                f"after evaluation {number} of {self.space.evaluations or 'several'}: dev score {score:.4f}"
+            )
 
 
 def trial_name(number: int, tags: list[str]) -> str:
@@ -223,7 +229,9 @@ def _best(run: Run) -> tuple[float | None, dict[str, float]]:
 
 def _newest_step(folder: Path) -> int:
     """The step of the newest checkpoint; -1 without one."""
-    steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    steps = [
+        int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit()
+    ]
     return max(steps, default=-1)
 
 

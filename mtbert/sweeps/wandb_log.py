@@ -53,7 +53,13 @@ def wandb_run(
         code = 0
     except BaseException as error:
         run.summary["ended"] = type(error).__name__.lower()
-        code = 0 if type(error).__name__ == "Pruned" else Interrupted.exit_code if isinstance(error, (Interrupted, KeyboardInterrupt)) else 1
+        code = (
+            0
+            if type(error).__name__ == "Pruned"
+            else Interrupted.exit_code
+            if isinstance(error, (Interrupted, KeyboardInterrupt))
+            else 1
+        )
         raise
     finally:
         run.finish(exit_code=code)

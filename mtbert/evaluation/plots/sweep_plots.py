@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mtbert.evaluation.plots.style import (
     BLACK,
@@ -42,7 +43,13 @@ def history_plot(trials: Sequence[SweepTrial], source: Source) -> Figure:
     pruned = [trial for trial in trials if trial.state == "pruned"]
     axes.plot(_numbers(complete), _scores(complete), "o", color=BLUE, markersize=5, label="complete")
     axes.plot(
-        _numbers(pruned), _scores(pruned), "o", color=GREY, markersize=5, markerfacecolor="white", label="pruned"
+        _numbers(pruned),
+        _scores(pruned),
+        "o",
+        color=GREY,
+        markersize=5,
+        markerfacecolor="white",
+        label="pruned",
     )
     if complete:
         ordered = sorted(complete, key=lambda trial: trial.number)
@@ -79,7 +86,12 @@ def curves_plot(trials: Sequence[SweepTrial], source: Source) -> Figure | None:
         else:
             dashed = trial.state == "pruned"
             axes.plot(
-                steps, values, ":" if dashed else "-", color="#BBBBBB", marker="x" if dashed else "", markersize=3
+                steps,
+                values,
+                ":" if dashed else "-",
+                color="#BBBBBB",
+                marker="x" if dashed else "",
+                markersize=3,
             )
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(axes, loc="lower right", title="dotted: pruned", title_fontsize=8)
@@ -102,10 +114,17 @@ def parallel_plot(
     low, high = min(scores), max(scores)
     high = high if high > low else low + 1e-6
     colours = Normalize(low, high)
-    scales = [_Scale([t.values[name] for t in trials if name in t.values], name in log_scales) for name in names]
+    scales = [
+        _Scale([t.values[name] for t in trials if name in t.values], name in log_scales) for name in names
+    ]
     for place, (name, scale) in enumerate(zip(names, scales, strict=True)):
         _axis(axes, place, name, scale.ticks())
-    _axis(axes, len(names), "score", [(share, f"{low + share * (high - low):.3f}") for share in (0, 0.25, 0.5, 0.75, 1)])
+    _axis(
+        axes,
+        len(names),
+        "score",
+        [(share, f"{low + share * (high - low):.3f}") for share in (0, 0.25, 0.5, 0.75, 1)],
+    )
     for trial in [*pruned, *complete]:
         points = [
             (place, scale.share(trial.values[name]))
@@ -125,7 +144,9 @@ def parallel_plot(
         )
     axes.set_xlim(-0.3, len(names) + 0.55)
     axes.set_ylim(-0.06, 1.16)
-    figure.colorbar(ScalarMappable(colours, _COLOURS), ax=axes, label="dev score (grey: pruned)", fraction=0.03, pad=0.01)
+    bar = figure.colorbar(ScalarMappable(colours, _COLOURS), ax=axes, fraction=0.03, pad=0.01)
+    bar.set_label("dev score (grey: pruned)", size=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
@@ -135,9 +156,7 @@ def _axis(axes: Axes, place: int, name: str, ticks: Sequence[tuple[float, str]])
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
     for share, text in ticks:
         axes.plot([place - 0.02, place + 0.02], [share, share], color=BLACK, linewidth=0.8, zorder=3)
-        axes.text(
-            place + 0.04, share, _cut(text), va="center", size=7, zorder=4, bbox=box, parse_math=False
-        )
+        axes.text(place + 0.04, share, _cut(text), va="center", size=7, zorder=4, bbox=box, parse_math=False)
 
 
 class _Scale:
@@ -172,7 +191,8 @@ class _Scale:
         shares = (0, 0.25, 0.5, 0.75, 1)
         values = [self.low + share * (self.high - self.low) for share in shares]
         return [
-            (share, f"{10**value if self.log else value:.2g}") for share, value in zip(shares, values, strict=True)
+            (share, f"{10**value if self.log else value:.2g}")
+            for share, value in zip(shares, values, strict=True)
         ]
 
 
@@ -202,12 +222,23 @@ def slice_plot(
                     labels.index(str(trial.values[name])) + 0.24 * ((trial.number * 0.618) % 1 - 0.5)
                     for trial in chosen
                 ]
-            axes.plot(places, _scores(chosen), "o", color=colour, markerfacecolor=face, markersize=4.5, alpha=0.85, label=state)
+            axes.plot(
+                places,
+                _scores(chosen),
+                "o",
+                color=colour,
+                markerfacecolor=face,
+                markersize=4.5,
+                alpha=0.85,
+                label=state,
+            )
         if numeric:
             if name in log_scales:
-                axes.set_xscale("log")
+                _log_axis(axes, [float(trial.values[name]) for trial in having])
         else:
-            axes.set_xticks(range(len(labels)), [_cut(label) for label in labels], rotation=20 if len(labels) > 3 else 0)
+            axes.set_xticks(
+                range(len(labels)), [_cut(label) for label in labels], rotation=20 if len(labels) > 3 else 0
+            )
             axes.set_xlim(-0.5, len(labels) - 0.5)
             for place, label in enumerate(labels):
                 scores = [t.score for t in having if t.state == "complete" and str(t.values[name]) == label]
@@ -216,6 +247,18 @@ def slice_plot(
                     axes.plot([place - 0.3, place + 0.3], [mean, mean], color=VERMILION, linewidth=1.5)
     legend(all_axes[0], loc="best")
     return figure
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A log scale whose words never overlap: decades, or the ends and the middle of less than one and a half."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = math.log10(min(values)), math.log10(max(values))
+    if high - low < 1.5:
+        ticks = [
+            float(f"{10**value:.1e}") for value in ([low, (low + high) / 2, high] if high > low else [low])
+        ]
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 
 def importance_plot(importances: Mapping[str, float], method: str, source: Source) -> Figure:
