@@ -136,6 +136,14 @@ def parse_train(arguments: list[str]) -> TrainConfig:
 
     Raises ConfigError for an unknown key (suggesting the nearest), an ill-typed or an impossible value.
     """
+    return train_reader(arguments)(())
+
+
+def train_reader(arguments: Sequence[str]) -> Callable[[Sequence[str]], TrainConfig]:
+    """What `parse_train` gives for these arguments with others behind them, as often as wanted.
+
+    Presets and plugins are read at once.
+    """
     load_plugins(_plugins_named(arguments))
     given = {a.split("=")[0] for a in arguments}
     preset = option_value(arguments, "--preset")
@@ -143,7 +151,9 @@ def parse_train(arguments: list[str]) -> TrainConfig:
         preset = "quickstart"
     with _descriptions(wanted=bool(given & {"--help", "-h"})):
         parser = train_parser(preset_path(preset) if preset else None)
-        return parse_with(parser, arguments)
+        if given & {"--help", "-h"}:
+            parse_or_explain(parser, list(arguments))  # prints and exits
+    return lambda more: parse_with(parser, [*arguments, *more])
 
 
 @contextlib.contextmanager

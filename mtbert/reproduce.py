@@ -6,11 +6,8 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from mtbert import train
 from mtbert.cli import run_main
 from mtbert.config import to_dict
 from mtbert.engine.folder_lock import FolderLock
+from mtbert.engine.interruptions import stop_with_parent
 from mtbert.engine.reproduction import Job, Runner
 from mtbert.errors import ConfigError, UserError
 from mtbert.evaluation.comparison import config_differences
@@ -86,14 +84,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 def train_row(parent: int) -> None:
     """Train as the command line says; stop with a checkpoint when the process `parent` is gone."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if os.name != "nt":  # there, a process keeps the number of a parent that is gone
-        threading.Thread(target=watch, daemon=True).start()
+    stop_with_parent(parent)
     run_main(train.main)
 
 

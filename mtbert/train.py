@@ -38,7 +38,8 @@ from mtbert.engine.profiling import profiling
 from mtbert.engine.record import describe_run, write_problems
 from mtbert.engine.run_folder import RunFolder, begun_run, new_run
 from mtbert.engine.run_log import logging_to
-from mtbert.engine.tensorboard import tensorboard_listeners
+from mtbert.engine.shared import SharedParts
+from mtbert.engine.tensorboard import Listener, tensorboard_listeners
 from mtbert.engine.trainer import Trainer
 from mtbert.errors import ConfigError
 from mtbert.evaluation.profile import profile_text, read_profile
@@ -115,17 +116,26 @@ def _state_of(folder: Path) -> str:
     return "begun" if (folder / "config.yaml").is_file() else "absent"
 
 
-def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: World = ALONE) -> None:
+def train(
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    resumed: bool = False,
+    world: World = ALONE,
+    shared: SharedParts | None = None,
+    listeners: Sequence[Listener] = (),
+) -> None:
     """One training run in `run` with what stands before it, from its start or from its newest checkpoint.
 
-    The ranks of `world` train together, and rank 0 writes.
+    The ranks of `world` train together, and rank 0 writes. shared: what it has in common with other runs of this
+    process. listeners: get every line of metrics.jsonl; what one of them raises ends the run.
     """
     with (
         logging_to(run.log_path, rank=world.rank),
         memory_errors(config.max_tokens),
         product_settings(config.precision),
     ):
-        parts = assemble(config, world)
+        parts = assemble(config, world, shared)
         check_stages(config, run.path, lambda stage: assemble(stage, world))
         facts = run_facts(parts.machine)
         check_ranks(world, config, facts, parts.model, _tables_of(parts.data))
@@ -142,7 +152,7 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: 
         product_settings(config.precision),
     ):
         if start is not config:
-            parts = assemble(start, world)
+            parts = assemble(start, world, shared)
             check_ranks(world, start, facts, parts.model, ())
         machine, model, data, forward = parts.machine, parts.model, parts.data, parts.forward
         announce(start, machine, forward, data)
@@ -176,7 +186,10 @@ def train(config: TrainConfig, run: RunFolder, *, resumed: bool = False, world: 
                 device=machine.device,
                 fingerprint={"data": data_fingerprint(data), "environment": facts},
                 unfreezing=parts.unfreezing,
-                listeners=tensorboard_listeners(run.path) if config.run.tensorboard and world.is_main else [],
+                listeners=[
+                    *(tensorboard_listeners(run.path) if config.run.tensorboard and world.is_main else ()),
+                    *listeners,
+                ],
                 compiled=parts.compiled,
                 world=world,
             )

@@ -166,7 +166,10 @@ def _pair(lines: Sequence[str], layout: TableLayout) -> tuple[tuple[str, ...], f
         parts.append(line)
     named = {}
     for number, column in enumerate(layout.text_columns, start=1):
-        pattern = re.compile(rf"^[*_\s]*(?:{re.escape(column)}|(?:sentence|question|text|line)\s*{number}|{number}[.)])[*_]*\s*[:=.)]?[*_]*\s*", re.I)
+        pattern = re.compile(
+            rf"^[*_\s]*(?:{re.escape(column)}|(?:sentence|question|text|line)\s*{number}|{number}[.)])[*_]*\s*[:=.)]?[*_]*\s*",
+            re.I,
+        )
         for part in parts:
             if pattern.match(part) and column not in named:
                 named[column] = pattern.sub("", part, count=1)
@@ -180,7 +183,9 @@ def _pair(lines: Sequence[str], layout: TableLayout) -> tuple[tuple[str, ...], f
 def _without_label(line: str) -> tuple[str, float | None]:
     """A line without the label behind a tab or a gap, as the lines of the prompt have it."""
     match = _LABEL_BEHIND.search(line)
-    return (line[: match.start()], float(match[1])) if match and line[: match.start()].strip() else (line, None)
+    return (
+        (line[: match.start()], float(match[1])) if match and line[: match.start()].strip() else (line, None)
+    )
 
 
 def _unquoted(text: str) -> str:
@@ -188,6 +193,11 @@ def _unquoted(text: str) -> str:
     for mark in ("**", "__"):
         if len(text) > 4 and text.startswith(mark) and text.endswith(mark):
             text = text[2:-2].strip()
-    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1] and text[-1] not in text[1:-1]:
+    while (
+        len(text) > 1
+        and _QUOTES.get(text[0]) == text[-1]
+        and text[0] not in text[1:-1]
+        and text[-1] not in text[1:-1]
+    ):
         text = text[1:-1].strip()
     return text

@@ -58,7 +58,9 @@ class AnswerCache:
     def __enter__(self) -> AnswerCache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -119,7 +121,9 @@ class AnswerCache:
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.path}: another process is using these answers; wait for it, or give another --cache") from None
+            raise UserError(
+                f"{self.path}: another process is using these answers; wait for it, or give another --cache"
+            ) from None
         except OSError:
             pass  # a volume without locks
 
@@ -140,6 +144,11 @@ class AnswerCache:
                 else:
                     raise ValueError("its text is no string")
             except (ValueError, TypeError, KeyError):
-                warnings.warn(f"{self.path}, line {number}: is no answer of this program and is passed over", stacklevel=3)
+                warnings.warn(
+                    f"{self.path}, line {number}: is no answer of this program and is passed over",
+                    stacklevel=3,
+                )
         if data and not self._answers and not self._notes and data[:end].strip():
-            raise DataError(f"{self.path}: holds no answer of this program; expected a file that --cache has made before")
+            raise DataError(
+                f"{self.path}: holds no answer of this program; expected a file that --cache has made before"
+            )

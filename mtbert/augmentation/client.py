@@ -113,7 +113,9 @@ class ChatClient:
             return self._config.model
         found = await self._with_retries(self._models)
         if isinstance(found, Refusal):
-            raise ServerError(f"{self._where}: does not list its models ({found.detail}); name one with --model")
+            raise ServerError(
+                f"{self._where}: does not list its models ({found.detail}); name one with --model"
+            )
         if len(found) != 1:
             listed = ", ".join(sorted(found)[:20]) or "none"
             raise ConfigError(f"--model: the server has {len(found)} models, name one of them: {listed}")
@@ -225,7 +227,11 @@ class ChatClient:
         headers = {name.lower(): value for name, value in error.response.headers.items()}
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             raise ServerError(f"{self._where}: {self._said(error)}")
-        if headers.get("x-should-retry") != "false" and (status in (408, 409, 429) or status >= 500) and status != 501:
+        if (
+            headers.get("x-should-retry") != "false"
+            and (status in (408, 409, 429) or status >= 500)
+            and status != 501
+        ):
             wait = asked_for(headers)
             if wait is not None:
                 if wait > LONGEST_WAIT:
@@ -249,7 +255,9 @@ class ChatClient:
         self._failures += 1
         detail = f"{self._said(error)}, after {tries} tries"
         if self._failures > self._config.concurrency:
-            raise ServerError(f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}")
+            raise ServerError(
+                f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}"
+            )
         return Refusal(NO_ANSWER, detail)
 
     async def _wait_for_the_limit(self) -> None:

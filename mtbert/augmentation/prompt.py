@@ -54,7 +54,14 @@ class Prompter:
     """Writes the messages for a row, with examples out of `usable` rows of the training table."""
 
     def __init__(
-        self, task: Task, table: Table, usable: Sequence[int], config: PromptConfig, *, repair: bool, seed: int
+        self,
+        task: Task,
+        table: Table,
+        usable: Sequence[int],
+        config: PromptConfig,
+        *,
+        repair: bool,
+        seed: int,
     ) -> None:
         self._task, self._table, self._config, self._repair, self._seed = task, table, config, repair, seed
         self._shown = self._candidates(usable)
@@ -91,7 +98,12 @@ class Prompter:
         label = {"type": "number" if task.kind == "similarity" else "integer"}
         fields: dict[str, Any] = {column: {"type": "string"} for column in task.layout.text_columns}
         fields[task.layout.label_column] = label
-        schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        schema = {
+            "type": "object",
+            "properties": fields,
+            "required": list(fields),
+            "additionalProperties": False,
+        }
         return {"type": "json_schema", "json_schema": {"name": "example", "strict": True, "schema": schema}}
 
     def _ending(self, structured: bool) -> str:
@@ -144,7 +156,9 @@ class Prompter:
         shown = []
         for _, rows in sorted(found.items()):
             short = [row for row in rows if words[row] <= SHORT_ROW]
-            shown.append(short if len(short) >= LEAST_SHORT else sorted(rows, key=lambda r: words[r])[:LEAST_SHORT])
+            shown.append(
+                short if len(short) >= LEAST_SHORT else sorted(rows, key=lambda r: words[r])[:LEAST_SHORT]
+            )
         return shown
 
     def _examples(self, row: int, draw: int, attempt: int) -> list[int]:

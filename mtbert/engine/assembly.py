@@ -36,6 +36,7 @@ from mtbert.tasks.registry import Task
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
+    from mtbert.engine.shared import SharedParts
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,22 @@ class Parts:
     compiled: CompiledParts | None = None
 
 
-def assemble(config: TrainConfig, world: World = ALONE) -> Parts:
+def assemble(config: TrainConfig, world: World = ALONE, shared: SharedParts | None = None) -> Parts:
     """Build everything that a configuration asks for. Raises UserError for whatever is wrong with it.
 
-    world: the processes that compute together; each builds its own.
+    world: the processes that compute together; each builds its own. shared: what it has in common with other runs of
+    this process.
     """
     check_effect(config)
     check_profile(config)
     machine = prepare_machine(config, world)
     tasks = tasks_of(config)
-    tables = load_tables(config.data, list(tasks.values()), extra=config.extra_data)
-    model, tokeniser = load_model(config, machine)
-    data = prepare_data(config, tables, tokeniser)
+    read = load_tables if shared is None else shared.tables
+    tables = read(config.data, list(tasks.values()), extra=config.extra_data)
+    model, tokeniser = load_model(config, machine, shared)
+    data = prepare_data(config, tables, tokeniser, shared)
 
-    forward = build_forward(config, model, machine)
+    forward = build_forward(config, model, machine, shared)
     losses = task_losses(config, machine, data)
     train_step = build_train_step(config, machine, model, forward, losses, tables, data, tokeniser)
     quality = sentence_quality(config, machine, forward, tables, data, tokeniser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -35,7 +36,7 @@ from mtbert.model.build import build_model
 from mtbert.model.heads import HeadSpec
 from mtbert.model.kept_heads import load_heads
 from mtbert.model.multitask import MultiTaskModel
-from mtbert.model.pretrained import resolve
+from mtbert.model.pretrained import open_weights, resolve
 from mtbert.optim.surgery import UncertaintyWeights
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.extra_data import extra_files
@@ -44,6 +45,7 @@ from mtbert.tasks.registry import Task, get_task
 
 if TYPE_CHECKING:
     from mtbert.config import TrainConfig
+    from mtbert.engine.shared import SharedParts
 
 logger = logging.getLogger(__name__)
 
@@ -181,15 +183,22 @@ def token_cache(config: TrainConfig) -> Path:
     return Path(config.cache) if config.cache else default_cache()
 
 
-def prepare_data(config: TrainConfig, tables: TaskTables, tokeniser: Tokeniser) -> TaskSplits:
+def prepare_data(
+    config: TrainConfig, tables: TaskTables, tokeniser: Tokeniser, shared: SharedParts | None = None
+) -> TaskSplits:
     """TaskData by task and split."""
     cache = token_cache(config)
+
+    def data(name: str, table: Table) -> TaskData:
+        task, settings = get_task(name), config.task[name]
+        make = functools.partial(task_data, task, settings, table, tokeniser, cache)
+        if shared is None:
+            return make()
+        form = (form_of(task, settings), settings.max_length, settings.truncate)
+        return shared.task_data((name, *form, tokeniser.fingerprint, cache), table, make)
+
     return {
-        name: {
-            split: task_data(get_task(name), config.task[name], table, tokeniser, cache)
-            for split, table in splits.items()
-        }
-        for name, splits in tables.items()
+        name: {split: data(name, table) for split, table in splits.items()} for name, splits in tables.items()
     }
 
 
@@ -228,9 +237,11 @@ def head_specs(config: TrainConfig) -> list[HeadSpec]:
     ]
 
 
-def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, Tokeniser]:
+def load_model(
+    config: TrainConfig, machine: Machine, shared: SharedParts | None = None
+) -> tuple[MultiTaskModel, Tokeniser]:
     """The pretrained encoder with fresh heads (and adapters) on the device, and its tokeniser."""
-    folder = resolve(config.model.pretrained)
+    folder = resolve(config.model.pretrained) if shared is None else shared.folder(config.model.pretrained)
     model = build_model(
         folder,
         config.model,
@@ -239,6 +250,7 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         heads={name: config.task[name].head for name in config.tasks},
         max_lengths={name: config.task[name].max_length for name in config.tasks},
         seed=config.seed,
+        opened=open_weights if shared is None else shared.opened,
     )
     model.encoder.set_checkpointing(config.checkpointing)
     if config.surgery.method == "uncertainty":
@@ -247,14 +259,21 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         )
     for name in load_heads(model, folder):
         logger.info("%s: the head goes on from the one in %s", name, folder)
-    return model.to(machine.device), Tokeniser.from_folder(folder)
+    model.to(machine.device)
+    if shared is None:
+        return model, Tokeniser.from_folder(folder)
+    if not config.unfreezing.active:  # what is frozen now stays so
+        shared.adopt(model, folder)
+    return model, shared.tokeniser(folder)
 
 
-def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) -> Forward:
+def build_forward(
+    config: TrainConfig, model: MultiTaskModel, machine: Machine, shared: SharedParts | None = None
+) -> Forward:
     """The packed pass; with a frozen encoder its cached features, with frozen first layers their outputs from files."""
     packed = PackedForward(model, machine.device, machine.dtype)
     if config.mode == "last-linear-layer":
-        return FrozenForward(packed, max_tokens=config.max_tokens)
+        return FrozenForward(packed, max_tokens=config.max_tokens, shared=shared)
     return build_prefix_forward(config, packed, token_cache(config))
 
 

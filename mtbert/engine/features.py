@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from mtbert.model.dropout import DropoutStream
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.ranges import span
 
+if TYPE_CHECKING:
+    from mtbert.engine.shared import SharedParts
+
 
 class FrozenForward:
     """Like the packed forward, but the encoder reads every table only once; heads read its features from memory.
@@ -27,7 +31,8 @@ class FrozenForward:
     Memory: rows x width x 4 bytes a table, on the device.
     """
 
-    def __init__(self, packed: PackedForward, *, max_tokens: int) -> None:
+    def __init__(self, packed: PackedForward, *, max_tokens: int, shared: SharedParts | None = None) -> None:
+        """shared: where other runs of this process find the features, and this one finds theirs."""
         if packed.model.mode != "last-linear-layer":
             raise ValueError(
                 f"features are constant only in mode last-linear-layer, not in {packed.model.mode}"
@@ -37,6 +42,7 @@ class FrozenForward:
         self.device = packed.device
         self.dtype = packed.dtype
         self.max_tokens = max_tokens
+        self.shared = shared
         self._cache: weakref.WeakKeyDictionary[TaskData, Tensor] = weakref.WeakKeyDictionary()
 
     def prepare(self, requests: Sequence[Request], budgets: Budgets | None = None) -> PassInput:
@@ -79,7 +85,11 @@ class FrozenForward:
         """Pooled rows `[rows, C]` of a whole table on the device; computed at the first call."""
         cached = self._cache.get(data)
         if cached is None:
-            cached = self._cache[data] = self._compute(data)
+            if self.shared is None:
+                cached = self._compute(data)
+            else:
+                cached = self.shared.features(self, data, self._compute)
+            self._cache[data] = cached
         return cached
 
     # Evaluation runs in inference mode, whose tensors a later training step could not use.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,18 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stop_with_parent(parent: int) -> None:
+    """From now on, SIGTERM for this process when the process `parent`, which started it, is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.name != "nt":  # there, a process keeps the number of a parent that is gone
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
         nonlocal writer
         if writer is None:  # a resumed run takes away what was drawn beyond its checkpoint
             writer = SummaryWriter(str(folder / "tensorboard"), purge_step=record["step"])
-        for tag, value in _scalars(record):
+        for tag, value in scalars(record):
             writer.add_scalar(tag, value, record["step"])
         if record["kind"] != "step":
             writer.flush()
@@ -29,7 +29,8 @@ def tensorboard_listeners(folder: Path) -> list[Listener]:
     return [listen]
 
 
-def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+def scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a record by their names."""
     if record["kind"] == "step":
         pairs = [(f"loss/{task}", value) for task, value in record["loss"].items()]
         pairs += [(f"objective/{name}", value) for name, value in record.get("objective", {}).items()]

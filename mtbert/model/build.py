@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from mtbert.model.heads import HeadConfig, HeadSpec
 from mtbert.model.lora import LoraConfig, add_lora
 from mtbert.model.multitask import MODE_ALIASES, MultiTaskModel, build_heads
 from mtbert.model.pals import PalConfig, add_pals
-from mtbert.model.pretrained import load_config, load_encoder
+from mtbert.model.pretrained import load_config, load_encoder, open_weights
 
 
 @dataclass
@@ -54,10 +55,12 @@ def build_model(
     heads: Mapping[str, HeadConfig],
     max_lengths: Mapping[str, int],
     seed: int,
+    opened: Callable[[Path], Any] = open_weights,
 ) -> MultiTaskModel:
     """The model in `mode`; heads, variants and adapters are drawn from `seed`. Float32 parameters on the CPU.
 
-    max_lengths: the longest row of each task, in tokens; a ConfigError when the encoder has fewer positions.
+    max_lengths: the longest row of each task, in tokens; a ConfigError when the encoder has fewer positions. opened: as
+    in `load_encoder`.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = sizes_of(load_config(folder), config)
@@ -69,7 +72,7 @@ def build_model(
             )
     if MODE_ALIASES.get(mode, mode) == "last-linear-layer":
         _check_frozen(config)
-    encoder = load_encoder(folder, config=sizes, dropouts=config.dropout, generator=generator)
+    encoder = load_encoder(folder, config=sizes, dropouts=config.dropout, generator=generator, opened=opened)
     built = build_heads(specs, heads, sizes.hidden_size, generator)
     tasks = [spec.name for spec in specs]
     if config.extra_hidden.depth:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,11 @@ def _checked_value(path: Path, name: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
+def open_weights(path: Path) -> Any:
+    """A safetensors file, for a `with`."""
+    return safe_open(path, framework="pt")
+
+
 def load_encoder(
     folder: str | Path,
     *,
@@ -235,11 +240,12 @@ def load_encoder(
     dropouts: DropoutRates | None = None,
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
+    opened: Callable[[Path], Any] = open_weights,
 ) -> BertEncoder:
     """The encoder in a model folder (see `resolve`), with parameters in `dtype`, on the CPU.
 
     config: instead of the folder's own: with another number of heads over the same weights, or with fewer layers (those
-    above are left out).
+    above are left out). opened: opens the file of the weights.
     Tensor names may have the prefix `bert.`, LayerNorms may call their parameters gamma and beta, and the
     tensors of pretraining heads are ignored. A model without a pooler gets a random one, drawn from
     `generator`, and a warning is logged (`encoder.pooler_is_pretrained` is False then). Raises
@@ -253,7 +259,7 @@ def load_encoder(
     )
     targets = dict(hugging_face_views(encoder))
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             stored = _stored_names(path, list(file.keys()))
             stored = {name: value for name, value in stored.items() if not name.startswith(above)}
             _check_tensors(path, file, stored, targets)

@@ -13,8 +13,22 @@ from matplotlib.figure import Figure
 from mtbert.augment import main
 
 SUBJECTS = ("the story", "this film", "an old plot", "her first movie", "the whole cast", "a small drama")
-VERBS = ("keeps its promise to", "wears down", "speaks warmly to", "never quite reaches", "delights", "puzzles")
-OBJECTS = ("patient viewers", "the back row", "everyone in town", "fans of the book", "two lonely critics", "children")
+VERBS = (
+    "keeps its promise to",
+    "wears down",
+    "speaks warmly to",
+    "never quite reaches",
+    "delights",
+    "puzzles",
+)
+OBJECTS = (
+    "patient viewers",
+    "the back row",
+    "everyone in town",
+    "fans of the book",
+    "two lonely critics",
+    "children",
+)
 
 
 def sentence(number: int) -> str:
@@ -45,7 +59,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = ["sentence", "sentiment"]
     write(folder / "ids-sst-train.csv", columns, [(f"t{n}", sentence(n), x) for n, x in enumerate(labels)])
     write(folder / "ids-sst-dev.csv", columns, [(f"d{n}", sentence(100 + n), n % 5) for n in range(10)])
-    write(folder / "ids-sst-test-student.csv", ["sentence"], [(f"e{n}", sentence(150 + n)) for n in range(10)])
+    write(
+        folder / "ids-sst-test-student.csv", ["sentence"], [(f"e{n}", sentence(150 + n)) for n in range(10)]
+    )
     pair = ["sentence1", "sentence2"]
     for name, label, values in (
         ("quora", "is_duplicate", [1.0] * 4 + [0.0] * 10),

@@ -46,7 +46,10 @@ def test_a_sentence(text: str, sentence: str, label: float | None) -> None:
     ("text", "label"),
     [
         ("sentence1: A man eats.\nsentence2: Someone has food.", None),
-        ("Here you are:\n**Sentence 1:** A man eats.\n**Sentence 2:** Someone has food.\n\nSimilarity: 3.2", 3.2),
+        (
+            "Here you are:\n**Sentence 1:** A man eats.\n**Sentence 2:** Someone has food.\n\nSimilarity: 3.2",
+            3.2,
+        ),
         ("A man eats.\tSomeone has food.\t3.2", 3.2),
         ("1. A man eats.\n2. Someone has food.", None),
         ('"A man eats."\n"Someone has food."', None),

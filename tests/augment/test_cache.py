@@ -20,7 +20,11 @@ def test_answers_and_notes_are_there_again(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"answers\.jsonl: another process"):
             AnswerCache(path)
     with AnswerCache(path) as cache:
-        assert (cache.get("a"), cache.get("b"), cache.note("server")) == ({"text": "eins\n„zwei“"}, None, False)
+        assert (cache.get("a"), cache.get("b"), cache.note("server")) == (
+            {"text": "eins\n„zwei“"},
+            None,
+            False,
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 20, 39])
@@ -67,4 +71,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path: Path) -> 
 def test_a_key_depends_on_all_of_a_request() -> None:
     one = {"model": "m", "messages": [{"role": "user", "content": "a"}], "seed": 1}
     assert request_key(one) == request_key(dict(reversed(one.items())))
-    assert len({request_key(one | change) for change in ({}, {"seed": 2}, {"model": "n"}, {"temperature": 1})}) == 4
+    assert (
+        len({request_key(one | change) for change in ({}, {"seed": 2}, {"model": "n"}, {"temperature": 1})})
+        == 4
+    )

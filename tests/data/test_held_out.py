@@ -15,7 +15,9 @@ from mtbert.data.tables import Table
 
 def held_out(*texts: str) -> HeldOut:
     rows = [(text,) for text in texts]
-    return HeldOut({"dev": Table("sst", "dev", Path("d"), [f"d{n}" for n in range(len(rows))], rows, None, [])})
+    return HeldOut(
+        {"dev": Table("sst", "dev", Path("d"), [f"d{n}" for n in range(len(rows))], rows, None, [])}
+    )
 
 
 def test_letters_ignore_case_spaces_punctuation_and_forms() -> None:

@@ -1,0 +1,1 @@
+"""Searches of hyper-parameters over many training runs."""
