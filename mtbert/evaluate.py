@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mtbert.cli import config_from_file, run_main
+from mtbert.cli import add_trust, config_from_file, run_main
 from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_split
 from mtbert.engine.interruptions import memory_errors
@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE as JSON")
+    add_trust(parser)
     options = parser.parse_args(arguments)
     with logging_to(None):
         run = RunFolder.open(options.run)
-        config = config_from_file(run.config_path)
+        config = config_from_file(run.config_path, trust_plugins=options.trust_plugins)
         trained_on = config.data
         if options.data is not None:
             config = dataclasses.replace(config, data=options.data)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtbert.cli import config_from_file, run_main
+from mtbert.cli import add_trust, config_from_file, run_main
 from mtbert.data.tables import Table, read_table
 from mtbert.engine.build import prepare_data, task_data
 from mtbert.engine.finish import predict_all, predict_split
@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
     parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_trust(parser)
     options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("--data and --output are for whole tables; with --task give sentences or --file")
     with logging_to(None):
         run = RunFolder.open(options.run)
-        config = config_from_file(run.config_path)
+        config = config_from_file(run.config_path, trust_plugins=options.trust_plugins)
         if options.data is not None:
             if options.output is None:
                 raise ConfigError(

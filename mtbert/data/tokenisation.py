@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from mtbert.data.tables import Table
 from mtbert.errors import DataError, ModelFileError
@@ -84,6 +84,37 @@ class Tokeniser:
         """The id of a token of the vocabulary, special ones included; None when there is none."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def write(self, folder: Path, *, max_length: int) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' `AutoTokenizer` reads them.
+
+        They frame rows as `[CLS] a [SEP]` and `[CLS] a [SEP] b [SEP]`, and take a text that spells a special token as
+        the characters it is made of, as everything here does. max_length: where a reader who is told to truncate does.
+        """
+        cls, sep, pad = (self._tokenizer.id_to_token(i) for i in (self.cls_id, self.sep_id, self.pad_id))
+        written = Tokenizer.from_str(self._tokenizer.to_str())
+        written.post_processor = processors.TemplateProcessing(
+            single=f"{cls}:0 $A:0 {sep}:0",
+            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            special_tokens=[(cls, self.cls_id), (sep, self.sep_id)],
+        )
+        known = [token for token in ("[UNK]", "[MASK]") if written.token_to_id(token) is not None]
+        written.add_special_tokens(list(dict.fromkeys([cls, sep, pad, *known])))
+        written.save(str(folder / "tokenizer.json"))
+        names = {"cls_token": cls, "sep_token": sep, "pad_token": pad}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            **names,
+            **{f"{token[1:-1].lower()}_token": token for token in known},
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            "padding_side": "right",
+            "truncation_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, without special tokens."""

@@ -136,6 +136,7 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
             pretrained=config.model.pretrained
             if config.model.pretrained == "minilm"
             else absolute(config.model.pretrained),
+            adapter=None if config.model.adapter is None else absolute(config.model.adapter),
         ),
     )
 

@@ -130,11 +130,11 @@ def unmerge(encoder: BertEncoder) -> None:
     _fold(encoder, merged=False)
 
 
-def adapted_weights(encoder: BertEncoder) -> Iterator[tuple[Tensor, LoraAdapter]]:
+def adapted_weights(encoder: BertEncoder, task: str | None = None) -> Iterator[tuple[Tensor, LoraAdapter]]:
     """Every adapter that all tasks use, with the weight that it updates (for query, key, value their part of
-    the fused weight)."""
+    the fused weight). task: those that this task alone uses, too."""
     for layer in encoder.layers:
-        yield from layer.adapted_weights()
+        yield from ((weight, adapter) for _, weight, adapter in layer.adapted_weights(task))
 
 
 @torch.no_grad()

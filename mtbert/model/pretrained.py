@@ -26,6 +26,7 @@ from mtbert.errors import ModelFileError
 from mtbert.model.bert import BertConfig, BertEncoder
 from mtbert.model.dropout import DropoutRates
 from mtbert.model.lora import adapted_weights
+from mtbert.outside_files import own_file, read_json_object
 
 __all__ = ["BertConfig", "load_config", "load_encoder", "origin", "resolve", "save_encoder"]
 
@@ -77,7 +78,7 @@ def origin(name: str | Path) -> str:
     folder = Path(name).expanduser()
     if str(name) != MINILM and folder.is_dir():
         path = _exported(folder) / CONFIG_FILE
-        if path.is_file() and _read_json_object(path).get(_ORIGIN) == MINILM:
+        if path.is_file() and read_json_object(path, ModelFileError).get(_ORIGIN) == MINILM:
             return MINILM
     return str(name)
 
@@ -169,7 +170,7 @@ def load_config(folder: str | Path) -> BertConfig:
     """The sizes in a model folder's config.json; ModelFileError for another architecture or an unusable
     value."""
     path = Path(folder) / CONFIG_FILE
-    found = _read_json_object(path)
+    found = read_json_object(path, ModelFileError)
     _refuse_other_architectures(path, found)
     values: dict[str, Any] = {}
     for field in fields(BertConfig):
@@ -182,18 +183,6 @@ def load_config(folder: str | Path) -> BertConfig:
             f"{config.num_attention_heads}"
         )
     return config
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ModelFileError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ModelFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def _refuse_other_architectures(path: Path, found: Mapping[str, Any]) -> None:
@@ -329,15 +318,36 @@ def save_encoder(
     files are copied from `tokeniser_folder` when it is given. origin: what the weights began from, for the
     function of that name. Raises ModelFileError for an encoder with parts that a `BertModel` has no place for.
     """
-    if encoder.additions:
-        raise ModelFileError(
-            f"the encoder cannot be written as a BertModel, which has no place for {', '.join(encoder.additions)}"
-        )
     folder = Path(folder)
+    tensors = plain_tensors(encoder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["BertModel"], **hugging_face_config(encoder)}
+    config |= {} if origin is None else {_ORIGIN: origin}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if tokeniser_folder is not None and folder.resolve() != Path(tokeniser_folder).resolve():
+        for name in TOKENISER_FILES:
+            source = own_file(Path(tokeniser_folder), name, ModelFileError)
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
+
+
+def plain_tensors(encoder: BertEncoder, *, task: str | None = None) -> dict[str, Tensor]:
+    """Copies of all parameters under their names in Hugging Face's `BertModel`, with LoRA adapters folded in.
+
+    task: also fold in adapters that this task alone has. Raises ModelFileError for an encoder with parts that a
+    `BertModel` has no place for.
+    """
+    foldable = {"lora.per_task"} if task is not None else set()
+    left = [name for name in encoder.additions if name not in foldable]
+    if left:
+        hint = "; with --task its adapters are folded in" if left == ["lora.per_task"] else ""
+        raise ModelFileError(
+            f"the encoder cannot be written as a BertModel, which has no place for {', '.join(left)}{hint}"
+        )
     # The views of one parameter start at different addresses, so the address tells which adapter is whose.
     adapters = {
-        weight.data_ptr(): adapter for weight, adapter in adapted_weights(encoder) if not adapter.merged
+        weight.data_ptr(): adapter for weight, adapter in adapted_weights(encoder, task) if not adapter.merged
     }
     tensors = {}
     with torch.no_grad():
@@ -345,22 +355,19 @@ def save_encoder(
             adapter = adapters.get(view.data_ptr())
             value = view if adapter is None else view + adapter.delta()
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    config = {
-        "architectures": ["BertModel"],
+    return tensors
+
+
+def hugging_face_config(encoder: BertEncoder) -> dict[str, Any]:
+    """What config.json says of the encoder, without the class that reads it."""
+    return {
         "model_type": "bert",
         **asdict(encoder.config),
         "hidden_dropout_prob": encoder.dropouts.hidden,
         "attention_probs_dropout_prob": encoder.dropouts.attention,
         "position_embedding_type": "absolute",
         "pad_token_id": 0,
-        **({} if origin is None else {_ORIGIN: origin}),
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    if tokeniser_folder is not None and folder.resolve() != Path(tokeniser_folder).resolve():
-        for source in (Path(tokeniser_folder) / name for name in TOKENISER_FILES):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
 
 
 def hugging_face_views(encoder: BertEncoder) -> Iterator[tuple[str, Tensor]]:
