@@ -44,13 +44,17 @@ def own_file(folder: Path, name: str, error: type[UserError]) -> Path:
     of the cache's blobs.
     """
     path = folder / name
-    root = folder.resolve()
-    found = path.resolve()
+    root, found = (Path(os.path.realpath(each)) for each in (folder, path))
     # models--OWNER--NAME/snapshots/REVISION/FILE -> models--OWNER--NAME/blobs/HASH
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(found.is_relative_to(each) for each in roots):
         raise error(f"{path}: leads out of its folder, to {found}; expected a file of the folder itself")
     return path
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with all links followed, is in that folder, with all links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def read_text(path: Path, error: type[UserError], most: int) -> str:
@@ -94,7 +98,11 @@ def read_yaml_object(path: Path, error: type[UserError]) -> dict[str, Any]:
 
     Tags of Python objects are errors, and so are anchors: a small text of them stands for a huge value.
     """
-    text = read_text(path, error, MOST_YAML_BYTES)
+    return parse_yaml_object(read_text(path, error, MOST_YAML_BYTES), path, error)
+
+
+def parse_yaml_object(text: str, path: Path, error: type[UserError]) -> dict[str, Any]:
+    """The mapping in the text of such a file."""
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

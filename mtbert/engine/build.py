@@ -29,6 +29,7 @@ from mtbert.engine.frozen_prefix import build_prefix_forward
 from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.loss_scale import LossScaler
 from mtbert.engine.precision import DTYPES, resolve_device, resolve_precision
+from mtbert.errors import ModelFileError
 from mtbert.kernels.dispatch import serving, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
@@ -237,7 +238,13 @@ def load_model(config: TrainConfig, machine: Machine) -> tuple[MultiTaskModel, T
         )
     for name in load_heads(model, folder):
         logger.info("%s: the head goes on from the one in %s", name, folder)
-    return model.to(machine.device), Tokeniser.from_folder(folder)
+    tokeniser = Tokeniser.from_folder(folder)
+    words = model.encoder.config.vocab_size
+    if tokeniser.largest_id >= words:  # kernels read the table without asking
+        raise ModelFileError(
+            f"{folder}: the tokeniser has ids up to {tokeniser.largest_id}, but the encoder's vocab_size is {words}"
+        )
+    return model.to(machine.device), tokeniser
 
 
 def build_forward(config: TrainConfig, model: MultiTaskModel, machine: Machine) -> Forward:

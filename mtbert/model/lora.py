@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ProjectionName = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
 
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionName)
+MAX_RANK = 4096  # no width of BERT is above it, and beyond the width a rank adds nothing
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class LoraConfig:
     """Every task has adapters of its own, used on its sentences alone. They cannot be merged into the weights."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank: expected at least 1, found {self.rank}")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"lora.rank: expected 1 to {MAX_RANK}, found {self.rank}")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ConfigError(f"lora.alpha: expected a number above 0, found {self.alpha}")
         check_probability("lora.dropout", self.dropout)
