@@ -23,19 +23,28 @@ def load(
     precision: Precision | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
+    trust_plugins: bool = False,
 ) -> Model:
     """The trained model of a run's folder, to predict and to encode; `minilm` or a model's folder: to encode alone.
 
     device: auto, cpu, cuda or cuda:N. precision: what the encoder computes in (float32, tf32, bf16, fp16, auto); by
     default what the run was trained in, and auto (bf16 where the hardware multiplies it) where there is no run.
     max_tokens: of a pass, by default the run's, or 4096: its memory; results do not depend on it beyond rounding.
-    threads: of PyTorch during the model's calls; by default those that the process has.
+    threads: of PyTorch during the model's calls; by default those that the process has. trust_plugins: import the plugins
+    that a run's configuration names; they are Python code, which can do anything.
 
     Raises `mtbert.errors.UserError` for what cannot be loaded, with the reason.
     """
     from mtbert.api import load_model  # PyTorch and all else: only whoever loads a model waits for it
 
-    return load_model(path, device=device, precision=precision, max_tokens=max_tokens, threads=threads)
+    return load_model(
+        path,
+        device=device,
+        precision=precision,
+        max_tokens=max_tokens,
+        threads=threads,
+        trust_plugins=trust_plugins,
+    )
 
 
 def _check_installation() -> None:

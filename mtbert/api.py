@@ -19,7 +19,7 @@ from mtbert.config import TrainConfig
 from mtbert.data.dataset import MAX_POSITIONS
 from mtbert.data.tables import Table, read_own_table
 from mtbert.data.tokenisation import Tokeniser
-from mtbert.engine.build import machine_of
+from mtbert.engine.build import check_vocabulary, machine_of
 from mtbert.engine.finish import swap_pairs
 from mtbert.engine.interruptions import memory_errors
 from mtbert.engine.load_run import load_run
@@ -69,6 +69,7 @@ def load_model(
     precision: Precision | None,
     max_tokens: int | None,
     threads: int | None,
+    trust_plugins: bool,
 ) -> Model:
     """What `mtbert.load` gives."""
     if max_tokens is not None and max_tokens < 1:
@@ -76,9 +77,15 @@ def load_model(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads: expected at least 1, found {threads}")
     folder = Path(path).expanduser()
+    from mtbert.cli import config_from_file
+
     with _COMPUTING:
         if (folder / "config.yaml").is_file():
-            return _of_run(RunFolder.open(folder), device, precision, max_tokens, threads)
+            run = RunFolder.open(folder)
+            if run.is_mlm:
+                return _of_encoder(str(run.path), device, precision, max_tokens, threads)
+            config = config_from_file(run.config_path, trust_plugins=trust_plugins)
+            return _of_run(run, config, device, precision, max_tokens, threads)
         is_encoder = str(path) == MINILM or (folder / "config.json").is_file()
         if not is_encoder and (folder.exists() or (folder.parent != Path() and folder.parent.is_dir())):
             RunFolder.open(folder)  # raises, naming the run that may have been meant
@@ -86,13 +93,14 @@ def load_model(
 
 
 def _of_run(
-    run: RunFolder, device: str, precision: Precision | None, max_tokens: int | None, threads: int | None
+    run: RunFolder,
+    config: TrainConfig,
+    device: str,
+    precision: Precision | None,
+    max_tokens: int | None,
+    threads: int | None,
 ) -> Model:
-    from mtbert.cli import config_from_file
-
-    if run.is_mlm:
-        return _of_encoder(str(run.path), device, precision, max_tokens, threads)
-    loaded = load_run(run, config_from_file(run.config_path), device=device, precision=precision)
+    loaded = load_run(run, config, device=device, precision=precision)
     config = loaded.config
     predictor = Predictor(
         loaded.model,
@@ -116,9 +124,9 @@ def _of_encoder(
     machine = machine_of(place, chosen)
     model = MultiTaskModel(load_encoder(folder), {}).to(place)
     model.eval().requires_grad_(False)
-    predictor = Predictor(
-        model, Tokeniser.from_folder(folder), machine, {}, {}, max_tokens=max_tokens or TrainConfig.max_tokens
-    )
+    tokeniser = Tokeniser.from_folder(folder)
+    check_vocabulary(folder, tokeniser, model)
+    predictor = Predictor(model, tokeniser, machine, {}, {}, max_tokens=max_tokens or TrainConfig.max_tokens)
     space = Space(_stated_pooling(folder), _most_tokens(model))
     return Model(predictor, folder, cast(Precision, _name(machine.arithmetic)), space, threads=threads)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib
@@ -11,7 +12,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from importlib import resources
 from pathlib import Path
@@ -23,8 +24,11 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from mtbert.config import TrainConfig, tasks_with_settings
 from mtbert.engine.distributed import World, refuse_ranks
 from mtbert.errors import ConfigError, Interrupted, UserError
+from mtbert.outside_files import read_yaml_object
 from mtbert.tasks.config import TaskConfig
 from mtbert.tasks.registry import TASKS
+
+TRUST = "--trust-plugins"
 
 
 def run_main(main: Callable[[list[str]], None], *, ranks: bool = False) -> None:
@@ -82,7 +86,7 @@ def preset_path(name: str) -> Path:
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import modules or Python files that register tasks."""
     for plugin in plugins:
-        name = Path(plugin).stem if plugin.endswith(".py") else plugin
+        name = _module_name(plugin)
         if name in sys.modules:
             continue
         if plugin.endswith(".py"):
@@ -103,6 +107,10 @@ def load_plugins(plugins: Sequence[str]) -> None:
                 importlib.import_module(name)
             except Exception as error:
                 raise _plugin_error(plugin, error) from error
+
+
+def _module_name(plugin: str) -> str:
+    return Path(plugin).stem if plugin.endswith(".py") else plugin
 
 
 def _plugin_error(plugin: str, error: Exception) -> UserError:
@@ -174,33 +182,75 @@ def resume_options(arguments: Sequence[str]) -> list[str]:
         count = 1 if has_value or len(rest) == 1 else 2
         if name == "--profile" or name.startswith("--profiling."):
             options += rest[:count]
+        elif rest[0] == TRUST:
+            count = 1
         elif name != "--resume":
             raise ConfigError(
                 f"--resume takes everything from the run's config.yaml, found {rest[0]} beside it; possible: --profile,"
-                " --profiling.*"
+                f" --profiling.*, {TRUST}"
             )
         del rest[:count]
     return options
 
 
-def config_from_file(path: Path, options: Sequence[str] = ()) -> TrainConfig:
-    """The configuration that a run's config.yaml holds, with these options of the command line over it."""
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option of whoever opens a run whose configuration names plugins."""
+    parser.add_argument(
+        TRUST,
+        action="store_true",
+        help="import the plugins that the run's config.yaml names: they are Python code, which can do anything",
+    )
+
+
+def load_plugins_of_run(path: Path, values: Mapping[str, Any], *, trusted: bool) -> None:
+    """Import the plugins that a run's config.yaml names; a ConfigError unless its reader has said to trust them.
+
+    Those that the command line has named are imported already, and need no trust of their own.
+    """
+    listed = values.get("plugins") or []
+    plugins = [str(plugin) for plugin in (listed if isinstance(listed, list) else [listed])]
+    unknown = [plugin for plugin in plugins if _module_name(plugin) not in sys.modules]
+    if unknown and not trusted:
+        raise ConfigError(
+            f"{path}: names plugins ({', '.join(unknown)[:200]}), Python code that would run here; read it, and if you"
+            f" trust it add {TRUST}"
+        )
+    load_plugins(plugins)
+
+
+def config_from_file(path: Path, options: Sequence[str] = (), *, trust_plugins: bool = False) -> TrainConfig:
+    """The configuration that a run's config.yaml holds, with these options of the command line over it.
+
+    Nothing that it names is imported unless `trust_plugins` says so. Raises ConfigError, naming the file.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such configuration file")
-    arguments = ["--config", str(path), *options]
-    load_plugins(_plugins_named(arguments))
-    return parse_with(train_parser(None), arguments)
+    values = read_yaml_object(path, ConfigError)
+    not_fields = sorted({"config", "preset", "resume", "debug"} & values.keys())
+    if not_fields:
+        raise ConfigError(
+            f"{path}: {not_fields[0]} belongs to the command line, not into a run's configuration"
+        )
+    load_plugins_of_run(path, values, trusted=trust_plugins)
+    try:
+        return parse_with(train_parser(None), ["--config", str(path), *options])
+    except UserError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except SystemExit:
+        raise ConfigError(f"{path}: holds an option that only prints something") from None
 
 
-def config_on_all_ranks(world: World, path: Path, options: Sequence[str] = ()) -> TrainConfig:
+def config_on_all_ranks(
+    world: World, path: Path, options: Sequence[str] = (), *, trust_plugins: bool = False
+) -> TrainConfig:
     """The configuration in a file that rank 0 alone needs to see, with these options of the command line over it."""
     text = world.told(lambda: path.read_text(encoding="utf-8") if path.is_file() else None)
     if world.is_main or text is None:
-        return config_from_file(path, options)
+        return config_from_file(path, options, trust_plugins=trust_plugins)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         copy.write_text(text, encoding="utf-8")
-        return config_from_file(copy, options)
+        return config_from_file(copy, options, trust_plugins=trust_plugins)
 
 
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:

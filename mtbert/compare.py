@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mtbert.cli import load_plugins, run_main
+from mtbert.cli import add_trust, load_plugins_of_run, run_main
 from mtbert.evaluation.bootstrap import RESAMPLES
 from mtbert.evaluation.comparison import compare_runs, write_comparison
 from mtbert.evaluation.run import read_run
@@ -36,9 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (%(default)s)"
     )
+    add_trust(parser)
     options = parser.parse_args(arguments)
     for folder in options.runs:
-        load_plugins(read_run(folder).config().get("plugins") or [])
+        path = folder / "config.yaml"
+        load_plugins_of_run(path, read_run(folder).config(), trusted=options.trust_plugins)
     comparison = compare_runs(options.runs, TASKS, resamples=options.resamples, seed=options.seed)
     page = write_comparison(comparison, options.output)
     print(comparison.to_text())

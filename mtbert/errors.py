@@ -21,6 +21,10 @@ class ModelFileError(UserError):
     """A pretrained model that is missing, damaged or of another architecture."""
 
 
+class ExportError(UserError):
+    """A run that another library's format cannot carry: the message names the setting and what to do."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read."""
 

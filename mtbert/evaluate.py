@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mtbert import load
-from mtbert.cli import config_from_file, run_main
+from mtbert.cli import add_trust, config_from_file, run_main
 from mtbert.data.tables import read_own_table
 from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_split, swap_pairs
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE as JSON")
+    add_trust(parser)
     options = parser.parse_args(arguments)
     if (options.task is None) != (options.file is None):
         raise ConfigError(
@@ -56,31 +57,33 @@ def main(arguments: list[str]) -> None:
     with logging_to(None):
         run = RunFolder.open(options.run)
         if options.file is not None:
-            _own_table(run, options.task, options.file, options.device, options.json)
+            _own_table(run, options)
         else:
-            _folder(run, options.data, options.split or "dev", options.device, options.json)
+            _folder(run, options)
 
 
-def _own_table(run: RunFolder, task: str, file: Path, device: str, json: Path | None) -> None:
+def _own_table(run: RunFolder, options: argparse.Namespace) -> None:
     """Score a table of the user's own."""
-    model = load(run.path, device=device)
+    task, file = options.task, options.file
+    model = load(run.path, device=options.device, trust_plugins=options.trust_plugins)
     table = read_own_table(file, task, model.task(task).layout, labelled=True)
     for problem in table.problems:
         print(f"left out: {problem}", file=sys.stderr)
     found = model.evaluate(task, table, resamples=model.config.evaluation.resamples if model.config else 1000)
     print(f"{run.path}, step {model.step}, {file}\n\n{found.to_text()}")
-    if json is not None:
+    if options.json is not None:
         facts = {"file": str(file), "left_out": len(table.problems), "step": model.step}
-        run.write_json(json, facts | {"tasks": {task: found.to_json()}})
+        run.write_json(options.json, facts | {"tasks": {task: found.to_json()}})
 
 
-def _folder(run: RunFolder, data: str | None, split: str, device: str, json: Path | None) -> None:
+def _folder(run: RunFolder, options: argparse.Namespace) -> None:
     """Score the tables of a folder."""
-    config = config_from_file(run.config_path)
+    split = options.split or "dev"
+    config = config_from_file(run.config_path, trust_plugins=options.trust_plugins)
     trained_on = config.data
-    if data is not None:
-        config = dataclasses.replace(config, data=data)
-    loaded = load_run(run, config, device=device)
+    if options.data is not None:
+        config = dataclasses.replace(config, data=options.data)
+    loaded = load_run(run, config, device=options.device)
     with (
         memory_errors(config.max_tokens),
         product_settings(loaded.config.precision),
@@ -93,10 +96,10 @@ def _folder(run: RunFolder, data: str | None, split: str, device: str, json: Pat
     print(results_table(outcome))
     for each in assessments.values():
         print("\n\n".join([f"\n{each.task.title}", *details(each)]))
-    if json is not None:
+    if options.json is not None:
         scores = {name: each.to_json() for name, each in assessments.items()}
         joint = {"overall": outcome.overall, "mean": outcome.mean}
-        run.write_json(json, {"split": split, "step": loaded.step, "tasks": scores, **joint})
+        run.write_json(options.json, {"split": split, "step": loaded.step, "tasks": scores, **joint})
 
 
 def same_data(first: str, second: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mtbert import load
 from mtbert.api import Answer
-from mtbert.cli import config_from_file, run_main
+from mtbert.cli import add_trust, config_from_file, run_main
 from mtbert.data.tables import read_own_table
 from mtbert.engine.build import prepare_data
 from mtbert.engine.finish import predict_all
@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", help="tables to predict (default: the run's own)")
     parser.add_argument("--output", type=Path, help="write into OUTPUT/predictions (default: RUN)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_trust(parser)
     options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
@@ -57,9 +58,11 @@ def main(arguments: list[str]) -> None:
     with logging_to(None):
         run = RunFolder.open(options.run)
         if options.task is None:
-            predict_tables(run, options.data, options.output, options.device)
+            predict_tables(
+                run, options.data, options.output, options.device, trust_plugins=options.trust_plugins
+            )
             return
-        model = load(run.path, device=options.device)
+        model = load(run.path, device=options.device, trust_plugins=options.trust_plugins)
         task = model.task(options.task)
         rows = list(_given(task, options.text, options.file))
         for (identity, _), answer in zip(
@@ -68,12 +71,14 @@ def main(arguments: list[str]) -> None:
             print(_json(identity, answer) if options.json else _readable(answer))
 
 
-def predict_tables(run: RunFolder, data: str | None, output: Path | None, device: str) -> None:
+def predict_tables(
+    run: RunFolder, data: str | None, output: Path | None, device: str, *, trust_plugins: bool = False
+) -> None:
     """Write the prediction files of the dev and test tables of every task of a run under `output`/predictions.
 
     data: instead of the run's own tables.
     """
-    config = config_from_file(run.config_path)
+    config = config_from_file(run.config_path, trust_plugins=trust_plugins)
     if data is not None:
         if output is None:
             raise ConfigError(f"--output: name a folder; {run.path} keeps the predictions of its own tables")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mtbert.cli import config_on_all_ranks, option_value, parse_train, resume_options, run_main
+from mtbert.cli import TRUST, config_on_all_ranks, option_value, parse_train, resume_options, run_main
 from mtbert.engine.distributed import ALONE, World, on_all_ranks
 from mtbert.engine.mlm_run import run_mlm
 from mtbert.engine.run_folder import begun_run, new_run
@@ -21,7 +21,9 @@ def main(arguments: list[str], world: World = ALONE) -> None:
                 raise ConfigError(
                     f"{resumed} trains tasks: go on with python -m mtbert.train --resume {resumed}"
                 )
-            config = config_on_all_ranks(world, run.config_path, resume_options(arguments))
+            config = config_on_all_ranks(
+                world, run.config_path, resume_options(arguments), trust_plugins=TRUST in arguments
+            )
             run_mlm(config, run, resumed=True, world=world)
         return
     config = parse_train(arguments)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtbert.cli import config_on_all_ranks, option_value, parse_train, resume_options, run_main
+from mtbert.cli import TRUST, config_on_all_ranks, option_value, parse_train, resume_options, run_main
 from mtbert.config import TrainConfig, to_yaml
 from mtbert.data.dataset import TaskData
 from mtbert.engine.assembly import assemble
@@ -58,7 +58,7 @@ def main(arguments: list[str], world: World = ALONE) -> None:
     """Train, or resume, as the command line says. world: the processes that train together."""
     resumed = option_value(arguments, "--resume")
     if resumed is not None:
-        resume(Path(resumed), resume_options(arguments), world)
+        resume(Path(resumed), resume_options(arguments), world, trust_plugins=TRUST in arguments)
         return
     config = parse_train(arguments)
     with new_run(world, config.output, "-".join(config.tasks)) as (run, begun):
@@ -70,14 +70,16 @@ def main(arguments: list[str], world: World = ALONE) -> None:
             train_seeds(config, run, world=world)
 
 
-def resume(folder: Path, options: Sequence[str] = (), world: World = ALONE) -> None:
+def resume(
+    folder: Path, options: Sequence[str] = (), world: World = ALONE, *, trust_plugins: bool = False
+) -> None:
     """Go on with an interrupted run, or with the runs of several seeds. options: of the profile."""
     with begun_run(world, folder) as run:
         if world.told(lambda: run.is_mlm):
             raise ConfigError(
                 f"{folder} is masked-language modelling: go on with python -m mtbert.pretrain --resume {folder}"
             )
-        config = config_on_all_ranks(world, run.config_path, options)
+        config = config_on_all_ranks(world, run.config_path, options, trust_plugins=trust_plugins)
         if config.seeds == 1:
             train(config, run, resumed=True, world=world)
         else:

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from mtbert.data.tables import Table
-from mtbert.errors import DataError, ModelFileError
+from mtbert.errors import DataError, ModelFileError, UserError
+from mtbert.outside_files import MOST_JSON_BYTES, own_file, read_json_object, read_text
 
 _MAGIC = b"mtbert-tokens-1\n"
 # magic, texts, sha256 of what follows: offsets int64 [texts + 1] (aligned to 8 bytes) and tokens int32
@@ -32,7 +34,7 @@ class Tokeniser:
 
     A text that spells a special token (`[SEP]`) is tokenised as the ordinary characters it is made of.
     `cls_id`, `sep_id`, `pad_id` are the ids of the special tokens, `vocabulary_size` the number of
-    ids, and `fingerprint` changes with everything that can change an id: vocabulary, normaliser, version of
+    ids, `largest_id` the last of them, and `fingerprint` changes with everything that can change an id: vocabulary, normaliser, version of
     the library.
     """
 
@@ -54,7 +56,9 @@ class Tokeniser:
         self.cls_id = ids["cls_token"]
         self.sep_id = ids["sep_token"]
         self.pad_id = ids["pad_token"]
-        self.vocabulary_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocabulary_size = len(known)
+        self.largest_id = max(known.values())
         description = json.dumps([tokenizer.to_str(), ids, tokenizers.__version__])
         self.fingerprint = hashlib.sha256(description.encode()).hexdigest()
 
@@ -62,20 +66,31 @@ class Tokeniser:
     def from_folder(cls, folder: Path | str) -> Tokeniser:
         """Reads `tokenizer.json`, or else `vocab.txt` with the settings of `tokenizer_config.json`."""
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        described = own_file(folder, "tokenizer_config.json", ModelFileError)
+        config = read_json_object(described, ModelFileError) if described.is_file() else {}
         special = {
-            name: _token(config[name]) for name in ("cls_token", "sep_token", "pad_token") if config.get(name)
+            name: _token(described, name, config[name])
+            for name in ("cls_token", "sep_token", "pad_token")
+            if config.get(name)
         }
-        complete, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+        complete, vocabulary = (
+            own_file(folder, name, ModelFileError) for name in ("tokenizer.json", "vocab.txt")
+        )
         if complete.is_file():
+            # Parsed here first: it bounds what the library gets to see.
+            parsed = read_json_object(complete, ModelFileError)
             try:
-                return cls(Tokenizer.from_file(str(complete)), special, str(complete))
-            except ModelFileError:
+                return cls(Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False)), special, str(complete))
+            except (UserError, KeyboardInterrupt, SystemExit):
                 raise
-            except Exception as error:  # the library raises bare Exception
-                raise ModelFileError(f"{complete}: cannot be read as a tokeniser: {error}") from None
+            except (
+                BaseException
+            ) as error:  # the library raises bare Exception, and BaseException where it panics
+                raise ModelFileError(
+                    f"{complete}: cannot be read as a tokeniser: {str(error):.300}"
+                ) from None
         if vocabulary.is_file():
-            return cls(_word_piece(vocabulary, config), special, str(vocabulary))
+            return cls(_word_piece(vocabulary, described, config), special, str(vocabulary))
         raise ModelFileError(
             f"{folder}: found neither tokenizer.json nor vocab.txt; expected the folder of a BERT model"
         )
@@ -84,6 +99,37 @@ class Tokeniser:
         """The id of a token of the vocabulary, special ones included; None when there is none."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def write(self, folder: Path, *, max_length: int) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' `AutoTokenizer` reads them.
+
+        They frame rows as `[CLS] a [SEP]` and `[CLS] a [SEP] b [SEP]`, and take a text that spells a special token as
+        the characters it is made of, as everything here does. max_length: where a reader who is told to truncate does.
+        """
+        cls, sep, pad = (self._tokenizer.id_to_token(i) for i in (self.cls_id, self.sep_id, self.pad_id))
+        written = Tokenizer.from_str(self._tokenizer.to_str())
+        written.post_processor = processors.TemplateProcessing(
+            single=f"{cls}:0 $A:0 {sep}:0",
+            pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+            special_tokens=[(cls, self.cls_id), (sep, self.sep_id)],
+        )
+        known = [token for token in ("[UNK]", "[MASK]") if written.token_to_id(token) is not None]
+        written.add_special_tokens(list(dict.fromkeys([cls, sep, pad, *known])))
+        written.save(str(folder / "tokenizer.json"))
+        names = {"cls_token": cls, "sep_token": sep, "pad_token": pad}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            **names,
+            **{f"{token[1:-1].lower()}_token": token for token in known},
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            "padding_side": "right",
+            "truncation_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, without special tokens."""
@@ -203,32 +249,23 @@ def _load(path: Path, texts: int) -> tuple[np.ndarray, np.ndarray] | None:
     return payload[8 * (texts + 1) :].view("<i4"), payload[: 8 * (texts + 1)].view("<i8")
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: found a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _token(value: str | dict) -> str:
+def _token(path: Path, name: str, value: Any) -> str:
     """A special token stands as a string, or as an object with its content."""
-    return value["content"] if isinstance(value, dict) else value
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str) or len(token) > 200:
+        raise ModelFileError(f"{path}: {name}: expected a token, found {value!r:.80}")
+    return token
 
 
-def _word_piece(path: Path, config: dict) -> Tokenizer:
-    try:
-        vocabulary = {
-            line.rstrip("\r\n"): number
-            for number, line in enumerate(path.open(encoding="utf-8", newline="\n"))
-        }
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path}: cannot be read as a vocabulary: {error}") from None
-    unknown = _token(config.get("unk_token") or "[UNK]")
+def _word_piece(path: Path, described: Path, config: dict[str, Any]) -> Tokenizer:
+    text = read_text(path, ModelFileError, MOST_JSON_BYTES)
+    vocabulary = {
+        line.removesuffix("\r"): number for number, line in enumerate(text.removesuffix("\n").split("\n"))
+    }
+    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        if not isinstance(config.get(name), bool | None):
+            raise ModelFileError(f"{described}: {name}: expected true or false, found {config[name]!r:.80}")
+    unknown = _token(described, "unk_token", config.get("unk_token") or "[UNK]")
     if unknown not in vocabulary:
         raise ModelFileError(
             f"{path}: the vocabulary has no {unknown}; expected a BERT vocabulary, one token a line"
@@ -237,9 +274,10 @@ def _word_piece(path: Path, config: dict) -> Tokenizer:
     if lowercase is None:  # an uncased vocabulary has no capital outside its special tokens
         lowercase = not any(token != token.lower() for token in vocabulary if not token.startswith("["))
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100))
+    chinese = config.get("tokenize_chinese_chars")
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        handle_chinese_chars=True if chinese is None else chinese,
         strip_accents=config.get("strip_accents"),
         lowercase=lowercase,
     )

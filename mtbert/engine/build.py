@@ -30,6 +30,7 @@ from mtbert.engine.frozen_prefix import build_prefix_forward
 from mtbert.engine.host_memory import keep_freed_memory
 from mtbert.engine.loss_scale import LossScaler
 from mtbert.engine.precision import DTYPES, Precision, resolve_device, resolve_precision
+from mtbert.errors import ModelFileError
 from mtbert.kernels.dispatch import serving, set_backend
 from mtbert.kernels.extension import instruction_set
 from mtbert.model.build import build_model
@@ -149,6 +150,7 @@ def resolved(config: TrainConfig, machine: Machine) -> TrainConfig:
             pretrained=config.model.pretrained
             if config.model.pretrained == "minilm"
             else absolute(config.model.pretrained),
+            adapter=None if config.model.adapter is None else absolute(config.model.adapter),
         ),
     )
 
@@ -260,11 +262,20 @@ def load_model(
     for name in load_heads(model, folder):
         logger.info("%s: the head goes on from the one in %s", name, folder)
     model.to(machine.device)
-    if shared is None:
-        return model, Tokeniser.from_folder(folder)
-    if not config.unfreezing.active:  # what is frozen now stays so
+    tokeniser = Tokeniser.from_folder(folder) if shared is None else shared.tokeniser(folder)
+    check_vocabulary(folder, tokeniser, model)
+    if shared is not None and not config.unfreezing.active:  # what is frozen now stays so
         shared.adopt(model, folder)
-    return model, shared.tokeniser(folder)
+    return model, tokeniser
+
+
+def check_vocabulary(folder: Path, tokeniser: Tokeniser, model: MultiTaskModel) -> None:
+    """Raise ModelFileError where the tokeniser has ids that the encoder has no words for: kernels do not ask."""
+    words = model.encoder.config.vocab_size
+    if tokeniser.largest_id >= words:
+        raise ModelFileError(
+            f"{folder}: the tokeniser has ids up to {tokeniser.largest_id}, but the encoder's vocab_size is {words}"
+        )
 
 
 def build_forward(

@@ -34,6 +34,7 @@ from torch import Tensor
 from mtbert.engine.durable import sync_file, sync_folder
 from mtbert.engine.tensor_file import FileRecord, TensorFile, file_record, read_tensors
 from mtbert.errors import CheckpointError
+from mtbert.outside_files import is_inside
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
@@ -324,9 +325,17 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def _own(path: Path) -> Path:
+    """The path itself. Raises _Unusable for a link that leads out of the folder it is in."""
+    if not is_inside(path, path.parent):
+        raise _Unusable(f"{path.name} leads out of {path.parent}")
+    return path
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object of bounded size. Raises _Unusable."""
     try:
+        _own(path)
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise _Unusable(f"{path.name} is damaged ({_megabytes(path.stat().st_size)} is too much for it)")
         value = json.loads(path.read_bytes())
@@ -343,6 +352,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path, step: int) -> _Manifest:
     """Read COMPLETE. Raises _Unusable when it is missing or damaged, CheckpointError for a newer format."""
+    _own(path)
     fields = _read_json(path / COMPLETE)
     if fields.pop("seal", None) != _seal(fields):
         raise _Unusable(f"{COMPLETE} is damaged (its seal differs)")
@@ -355,14 +365,19 @@ def _read_manifest(path: Path, step: int) -> _Manifest:
         if fields["step"] != step:
             raise _Unusable(f"it is the checkpoint of step {fields['step']} under another name")
         files = {name: FileRecord(**fields["files"][name]) for name in (MODEL, OPTIMIZER, STATE)}
-        return _Manifest(step, fields["best_step"], files)
-    except (KeyError, TypeError) as error:
+        best = fields["best_step"]
+        if best is not None and (type(best) is not int or best < 0):
+            raise _Unusable(f"{COMPLETE} is damaged (its best step is {best!r:.80})")
+        if not all(type(record.size) is int and type(record.sha256) is str for record in files.values()):
+            raise _Unusable(f"{COMPLETE} is damaged (it has impossible sizes)")
+        return _Manifest(step, best, files)
+    except (KeyError, TypeError, AttributeError) as error:
         raise _Unusable(f"{COMPLETE} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _check_size(path: Path, wanted: FileRecord) -> None:
     try:
-        size = path.stat().st_size
+        size = _own(path).stat().st_size
     except FileNotFoundError:
         raise _Unusable(f"{path.name} is missing") from None
     except OSError as error:
@@ -404,6 +419,6 @@ def _load(path: Path, step: int) -> Checkpoint:
             raise _Unusable(f"{name} is damaged (its SHA-256 differs)")
     try:
         model, optimizer = read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _Unusable(f"its tensors cannot be read: {_reason(error)}") from error
     return Checkpoint(path, step, model, optimizer, _read_json(path / STATE))

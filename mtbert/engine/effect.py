@@ -22,6 +22,7 @@ def check_effect(config: TrainConfig) -> None:
             _refuse(name, group, f"{name}.tasks is empty", f"{name}.tasks with one or more of {config.tasks}")
     if config.mode != "lora":
         _refuse("model.lora", config.model.lora, f"the mode is {config.mode}", "mode lora")
+        _refuse("model", config.model, f"the mode is {config.mode}", "mode lora", only=("adapter",))
     if config.mode not in ("full", "bitfit"):
         why = f"the mode is {config.mode}"
         _refuse("model", config.model, why, "mode full or bitfit", only=("trained_layers",))

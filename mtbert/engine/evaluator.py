@@ -23,6 +23,9 @@ from mtbert.ranges import span
 from mtbert.tasks.registry import Task
 
 
+MAX_RESAMPLES = 1_000_000
+
+
 @dataclass
 class EvaluationConfig:
     """When to evaluate, on what, and when to stop early."""
@@ -49,8 +52,8 @@ class EvaluationConfig:
             raise ConfigError(f"evaluation.train_examples: expected at least 0, found {self.train_examples}")
         if self.patience < 0:
             raise ConfigError(f"evaluation.patience: expected at least 0, found {self.patience}")
-        if self.resamples < 1:
-            raise ConfigError(f"evaluation.resamples: expected at least 1, found {self.resamples}")
+        if not 1 <= self.resamples <= MAX_RESAMPLES:
+            raise ConfigError(f"evaluation.resamples: expected 1 to {MAX_RESAMPLES}, found {self.resamples}")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,11 @@ def load_run(
     # The machine of the training need not be this one.
     place = resolve_device(device or "auto")
     precision = resolve_precision(precision or precision_elsewhere(config.precision, place), place)
-    config = dataclasses.replace(config, device=str(place), threads=0, precision=precision)
+    # Its cache need not be a place to write on this machine, and its checkpoint has what an adapter began with.
+    model_config = dataclasses.replace(config.model, adapter=None)
+    config = dataclasses.replace(
+        config, device=str(place), threads=0, precision=precision, cache=None, model=model_config
+    )
     machine = machine_of(place, precision)
     model, tokeniser = load_model(config, machine)
     step = load_best_weights(model, run.checkpoints)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from mtbert.data.dataset import TaskData
 from mtbert.data.overlap import train_dev_overlap
 from mtbert.data.tables import Table
 from mtbert.engine.run_folder import RunFolder
+from mtbert.engine.tensor_file import file_record
 from mtbert.evaluation.baselines import label_histogram
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pretrained import MINILM, origin
@@ -37,6 +41,7 @@ def describe_data(data: Mapping[str, Mapping[str, TaskData]]) -> dict[str, Any]:
             table = examples.table
             described[name][split] = {
                 "file": str(table.path),
+                "sha256": _sha256(table),
                 "rows": len(table),
                 "problems": [str(problem) for problem in table.problems[:_MOST_PROBLEMS]],
                 "problem_count": len(table.problems),
@@ -91,6 +96,15 @@ def _describe_extra(task: Task, table: Table) -> dict[str, Any]:
             for extra in table.extra
         ],
     }
+
+
+def _sha256(table: Table) -> str:
+    """Of a table's file; of its rows where there is no such file (the sample, the hub)."""
+    if table.path.is_file():
+        with contextlib.suppress(OSError):
+            return file_record(table.path).sha256
+    labels = None if table.labels is None else table.labels.tolist()
+    return hashlib.sha256(json.dumps([table.ids, table.texts, labels]).encode()).hexdigest()
 
 
 def write_problems(run: RunFolder, data: Mapping[str, Mapping[str, TaskData]]) -> None:

@@ -21,6 +21,8 @@ from mtbert.engine.durable import replace_file
 from mtbert.engine.folder_lock import FolderLock
 from mtbert.engine.metrics_log import plain
 from mtbert.errors import UserError
+from mtbert.model.pretrained import ENCODER_FOLDER
+from mtbert.outside_files import is_inside, read_json_object
 
 MLM_RUN = "masked-language modelling"
 """What run.json calls a run that trains no task."""
@@ -51,10 +53,9 @@ class RunFolder:
     def is_mlm(self) -> bool:
         """Whether masked words are what the run trains on; False while it has no run.json yet."""
         try:
-            record = json.loads(self.record_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json_object(self.record_path, UserError).get("kind") == MLM_RUN
+        except UserError:
             return False
-        return isinstance(record, dict) and record.get("kind") == MLM_RUN
 
     @classmethod
     def create(
@@ -115,6 +116,7 @@ class RunFolder:
             raise UserError(f"{folder.path} is a file, not a run's folder")
         if not folder.config_path.is_file():
             raise UserError(f"{folder.path} is no run's folder (no config.yaml){_suggestion(folder.path)}")
+        folder._refuse_ways_out()
         return folder
 
     def lock(self) -> RunFolder:
@@ -174,6 +176,21 @@ class RunFolder:
                 raise
             reason = error.strerror or error
             raise UserError(f"the run's folder {self.path} cannot be made: {reason}") from error
+
+    def _refuse_ways_out(self) -> None:
+        """Whoever made the folder may have put links into it: what is read or written by its names must be in it."""
+        try:
+            entries = [path for path in self.path.iterdir() if path.is_symlink()]
+            for inner in (self.path / ENCODER_FOLDER, self.predictions, self.plots):
+                if inner.is_dir():
+                    entries += [path for path in inner.iterdir() if path.is_symlink()]
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        for path in entries:
+            if not is_inside(path, self.path):
+                raise UserError(
+                    f"{path}: leads out of the run's folder, to {os.path.realpath(path)}; put a copy in its place"
+                )
 
     def _refuse_a_run(self) -> None:
         # Not log.txt: a run that fails for its data leaves no more than that, and may be tried again here.

@@ -363,7 +363,11 @@ class Trainer:
             if self.log is not None:
                 self.log.rewind(-1)
             return
-        before = checkpoint.state.get("fingerprint", {})
+        before = checkpoint.state.get("fingerprint")
+        if not isinstance(before, dict) or not isinstance(before.get("environment"), dict):
+            raise CheckpointError(
+                f"{checkpoint.path} does not say what it was trained on; it cannot be resumed from"
+            )
         if before.get("data") != self.fingerprint["data"]:
             raise CheckpointError(
                 f"{checkpoint.path}: the training data is not what the run began with (its tokens or labels"
@@ -385,7 +389,7 @@ class Trainer:
             self.curriculum.restore(checkpoint.state["curriculum"])
             self.progress = Progress.from_json(checkpoint.state["progress"])
             self._window = Window(**checkpoint.state["window"])
-        except (RuntimeError, KeyError, TypeError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         if self.log is not None:
             self.log.rewind(self.progress.step)

@@ -62,4 +62,6 @@ def baselines_from_histograms(
     if train is None or dev is None or not sum(train["counts"]):
         return Baselines(chance=chance, majority=None)
     answer = int(np.argmax(train["counts"]))
+    if not answer < len(dev["counts"]):
+        return Baselines(chance=chance, majority=None)
     return Baselines(chance, majority=dev["counts"][answer] / max(sum(dev["counts"]), 1))

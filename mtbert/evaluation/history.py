@@ -178,7 +178,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(texts):  # no line end: the writer was stopped in the middle
                 break
             raise DataError(f"{path}: line {number} is not JSON: {raw[:80]!r}") from error
@@ -190,5 +190,71 @@ def _lines(path: Path) -> list[dict[str, Any]]:
                 f'{path}: line {number}: expected an object with "kind" ({expected}) and a whole "step", '
                 f"found {raw[:80]!r}"
             )
+        problem = _problem(row)
+        if problem is not None:
+            raise DataError(f"{path}: line {number}: {problem}")
         result.append(row)
     return result
+
+
+_FIGURES = (
+    "epoch",
+    "seconds",
+    "tokens",
+    "score",
+    "skipped",
+    "lr",
+    "grad_norm",
+    "total_loss",
+    "tokens_per_second",
+)
+_GROUPS = ("loss", "train_loss", "dev_loss", "objective", "weights", "gradients", "embedding")
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """What is wrong with a line, for whoever reads figures and scores from it; None when nothing is."""
+    for name in _FIGURES:
+        if not _is_figure(row.get(name)):
+            return f"{name}: expected a number, found {str(row[name])[:80]!r}"
+    for name in _GROUPS:
+        if not _are_figures(row.get(name), levels=2):
+            return f"{name}: expected numbers by name, found {str(row[name])[:80]!r}"
+    if row["kind"] == "epoch" and row.get("epoch") is None:
+        return "expected an epoch"
+    for name in ("train", "dev"):
+        by_task = row.get(name) or {}
+        if not isinstance(by_task, dict) or not all(isinstance(scores, dict) for scores in by_task.values()):
+            return f"{name}: expected scores by task, found {str(by_task)[:80]!r}"
+        for task, scores in by_task.items():
+            if not all(_is_score(key, value) for key, value in scores.items()):
+                return f"{name}.{task[:40]}: expected scores, found {str(scores)[:80]!r}"
+    return None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (type(value) is int and abs(value) < 2**63) or type(value) is float
+
+
+def _are_figures(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        return levels > 0 and all(_are_figures(inner, levels - 1) for inner in value.values())
+    return _is_figure(value) and (levels < 2 or value is None)
+
+
+def _is_score(key: str, value: Any) -> bool:
+    if key == "kind":
+        return isinstance(value, str)
+    if key == "classes":
+        names = {"name", "precision", "recall", "f1", "support", "predicted"}
+        return isinstance(value, list) and all(
+            isinstance(one, dict)
+            and one.keys() == names
+            and isinstance(one["name"], str)
+            and all(_is_figure(one[name]) and one[name] is not None for name in names - {"name"})
+            for one in value
+        )
+    if key == "confusion":
+        return isinstance(value, list) and all(
+            isinstance(row, list) and all(map(_is_figure, row)) for row in value
+        )
+    return _is_figure(value)

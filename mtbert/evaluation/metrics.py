@@ -75,11 +75,16 @@ class TaskScores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TaskScores:
-        """What `to_json` gave."""
+        """What `to_json` gave. Raises DataError for other fields."""
         fields = dict(values)
-        fields["classes"] = tuple(ClassScores(**row) for row in fields.get("classes", ()))
-        fields["confusion"] = tuple(tuple(row) for row in fields.get("confusion", ()))
-        return cls(**fields)
+        try:
+            fields["classes"] = tuple(ClassScores(**row) for row in fields.get("classes", ()))
+            fields["confusion"] = tuple(tuple(row) for row in fields.get("confusion", ()))
+            return cls(**fields)
+        except TypeError as error:
+            raise DataError(
+                f"metrics.jsonl: these are not the scores of a task: {str(dict(values))[:80]}"
+            ) from error
 
 
 def class_names(task: Task) -> tuple[str, ...]:

@@ -164,8 +164,9 @@ def read_outputs(path: Path, task: Task, split: str) -> Predictions:
 def _parse_line(place: str, line: str, task: Task) -> tuple[str, int | float | None, list[float]]:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON ({error.msg}); expected one object a line") from error
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", type(error).__name__)
+        raise DataError(f"{place} is not JSON ({reason}); expected one object a line") from error
     if not isinstance(row, dict) or not {"id", "label", "outputs"} <= row.keys():
         raise DataError(f'{place}: expected an object with "id", "label" and "outputs", found {line[:80]!r}')
     outputs, label = row["outputs"], row["label"]
@@ -179,7 +180,11 @@ def _parse_line(place: str, line: str, task: Task) -> tuple[str, int | float | N
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and not (isinstance(value, int) and abs(value) >= 2**63)
+    )
 
 
 def predictions_path(folder: Path, task: str, split: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +107,7 @@ def read_profile(folder: Path) -> ProfileFacts | None:
     path = folder / FOLDER / SUMMARY
     if not path.is_file():
         return None
-    try:
-        return ProfileFacts(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    return ProfileFacts(read_json_object(path, DataError))
 
 
 def profile_section(profile: ProfileFacts, plots: Mapping[str, Path], folder: Path) -> str:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mtbert.errors import ConfigError, DataError
 from mtbert.evaluation.baselines import Baselines, baselines_from_histograms
 from mtbert.evaluation.history import History, read_history
 from mtbert.evaluation.predictions import Predictions, predictions_path, read_outputs
 from mtbert.evaluation.profile import ProfileFacts, read_profile
+from mtbert.outside_files import (
+    MOST_YAML_BYTES,
+    parse_yaml_object,
+    read_json_object,
+    read_text,
+    read_yaml_object,
+)
 
 if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
 
 
+_MOST_CLASSES = 100_000
 _SEED_FOLDER = re.compile(r"seed-\d+")  # as training with several seeds names them
 
 
@@ -82,11 +87,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """config.yaml as nested dictionaries."""
-        try:
-            values = yaml.safe_load(self.config_text)
-        except yaml.YAMLError as error:
-            raise DataError(f"{self.folder / 'config.yaml'}: is not YAML: {error}") from error
-        return values if isinstance(values, dict) else {}
+        return parse_yaml_object(self.config_text, self.folder / "config.yaml", DataError)
 
     def data(self, task: str, split: str) -> dict[str, Any]:
         """What run.json says of one table; empty where it says nothing."""
@@ -113,30 +114,73 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder}: there is no such folder")
     if not facts.is_file():
         raise ConfigError(_not_a_run(folder))
-    try:
-        info = json.loads(facts.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{facts}: cannot be read: {error}") from error
-    if not isinstance(info, dict):
-        raise DataError(f"{facts}: expected a JSON object, found {type(info).__name__}")
+    info = read_json_object(facts, DataError)
+    _check_info(facts, info)
     config = folder / "config.yaml"
     metrics = folder / "metrics.jsonl"
     return Run(
         folder=folder,
         info=info,
         history=read_history(metrics) if metrics.exists() else History(),
-        config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
+        config_text=read_text(config, DataError, MOST_YAML_BYTES) if config.is_file() else "",
         profile=read_profile(folder),
     )
+
+
+def _check_info(path: Path, info: Mapping[str, Any]) -> None:
+    """Raise DataError for a run.json whose facts are not of the kinds that a report reads."""
+
+    def expect(holds: bool, place: str, expected: str, found: Any) -> None:
+        if not holds:
+            raise DataError(f"{path}: {place}: expected {expected}, found {str(found)[:80]}")
+
+    names = info.get("tasks", [])
+    expect(
+        isinstance(names, list) and all(isinstance(n, str) for n in names), "tasks", "a list of names", names
+    )
+    for name in ("versions", "parameters"):
+        expect(isinstance(info.get(name), dict | None), name, "an object", info.get(name))
+    data = info.get("data") or {}
+    expect(isinstance(data, dict), "data", "an object", data)
+    for task, splits in data.items():
+        expect(isinstance(splits, dict), f"data.{task}", "an object", splits)
+        for split, facts in splits.items():
+            place = f"data.{task}.{split}"[:80]
+            expect(isinstance(facts, dict), place, "an object", facts)
+            for name in (
+                "rows",
+                "problem_count",
+                "duplicate_ids",
+                "truncated",
+                "max_length",
+                "tokens",
+                "overlap",
+            ):
+                expect(_is_count(facts.get(name, 0)), f"{place}.{name}", "a count", facts.get(name))
+            expect(
+                isinstance(facts.get("problems", []), list),
+                f"{place}.problems",
+                "a list",
+                facts.get("problems"),
+            )
+            labels = facts.get("labels")
+            counts = labels.get("counts") if isinstance(labels, dict) else labels
+            holds = (
+                isinstance(counts, list) and 0 < len(counts) <= _MOST_CLASSES and all(map(_is_count, counts))
+            )
+            expect(labels is None or holds, f"{place}.labels", "counts, or null", labels)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _not_a_run(folder: Path) -> str:
     """Why a folder without run.json is no run; the parent of several seeds' runs names one of them."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        config = None
-    seeds = config.get("seeds") if isinstance(config, dict) else None
+        seeds = read_yaml_object(folder / "config.yaml", DataError).get("seeds")
+    except DataError:
+        seeds = None
     if isinstance(seeds, int) and seeds > 1:
         begun = sorted(file.parent for file in folder.glob("seed-*/run.json"))
         example = f"give one of them, such as {begun[0]}" if begun else "none of them has begun"

@@ -183,16 +183,21 @@ class BertLayer(nn.Module):
         else:
             getattr(self, name).task_adapters[task] = adapter
 
-    def adapted_weights(self) -> Iterator[tuple[Tensor, LoraAdapter]]:
-        """Every adapter that all tasks use, with (a view of) the weight that it updates."""
+    def adapted_weights(self, task: str | None = None) -> Iterator[tuple[str, Tensor, LoraAdapter]]:
+        """Every adapter that all tasks use, with its projection's name and (a view of) the weight that it updates.
+
+        task: those that this task alone uses, too.
+        """
         fused = self.query_key_value
         for part in fused.PARTS:
-            adapter = fused.adapter(part)
-            if adapter is not None:
-                yield fused.part(fused.weight, part), adapter
-        for projection in (self.attention_output, self.intermediate, self.output):
-            if projection.adapter is not None:
-                yield projection.weight, projection.adapter
+            for adapter in (fused.adapter(part), fused.task_adapter(part, task)):
+                if adapter is not None:
+                    yield part, fused.part(fused.weight, part), adapter
+        for name in ("attention_output", "intermediate", "output"):
+            projection: Projection = getattr(self, name)
+            for adapter in (projection.adapter, None if task is None else projection.task_adapter(task)):
+                if adapter is not None:
+                    yield name, projection.weight, adapter
 
 
 class BertEncoder(nn.Module):

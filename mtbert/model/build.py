@@ -17,6 +17,7 @@ from mtbert.model.heads import HeadConfig, HeadSpec
 from mtbert.model.lora import LoraConfig, add_lora
 from mtbert.model.multitask import MODE_ALIASES, MultiTaskModel, build_heads
 from mtbert.model.pals import PalConfig, add_pals
+from mtbert.model.peft_files import load_adapters
 from mtbert.model.pretrained import load_config, load_encoder, open_weights
 
 
@@ -30,6 +31,9 @@ class ModelConfig:
     """Dropout of the encoder."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters of mode lora."""
+    adapter: str | None = None
+    """Mode lora starts from these adapters: a folder that peft has saved (adapter_config.json and
+    adapter_model.safetensors), or one with such a folder for each task. model.lora must describe them."""
     attention_heads: int | None = None
     """Attention heads over the same weights, a divisor of the encoder's width; by default as pretrained."""
     pool_layer: int | None = None
@@ -81,6 +85,8 @@ def build_model(
         add_pals(encoder, config.pals, tasks, generator)
     if mode == "lora":
         add_lora(encoder, config.lora, generator, tasks=tasks)
+        if config.adapter is not None:
+            load_adapters(encoder, config.lora, Path(config.adapter), tasks if config.lora.per_task else ())
     model = MultiTaskModel(
         encoder, built, trained_layers=config.trained_layers, frozen_dropout=config.frozen_dropout
     )

@@ -29,6 +29,7 @@ PairFeature = Literal["concat", "difference", "product", "dot", "cosine"]
 PAIR_FEATURES: tuple[str, ...] = get_args(PairFeature)
 CROSS_ENCODER = "cross-encoder"
 MAX_LAYERS = 4
+MAX_WIDTH = 16384
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class HeadConfig:
         for name in ("tower_layers", "hidden_layers"):
             if not 0 <= getattr(self, name) <= MAX_LAYERS:
                 raise ConfigError(f"head.{name}: expected 0 to {MAX_LAYERS}, found {getattr(self, name)}")
-        if self.hidden_size is not None and self.hidden_size < 1:
-            raise ConfigError(f"head.hidden_size: expected at least 1, found {self.hidden_size}")
+        if self.hidden_size is not None and not 1 <= self.hidden_size <= MAX_WIDTH:
+            raise ConfigError(f"head.hidden_size: expected 1 to {MAX_WIDTH}, found {self.hidden_size}")
         check_probability("head.dropout", self.dropout)
         activation(self.activation)
         if self.pair != CROSS_ENCODER:

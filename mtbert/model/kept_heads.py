@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from mtbert.errors import ModelFileError
 from mtbert.model.multitask import MultiTaskModel
+from mtbert.outside_files import own_file, tensor_facts
 
 HEADS_FILE = "heads.safetensors"
 
@@ -24,22 +26,27 @@ def load_heads(model: MultiTaskModel, folder: Path) -> list[str]:
 
     A folder without heads, as models from elsewhere are, gives none.
     """
-    path = folder / HEADS_FILE
+    path = own_file(folder, HEADS_FILE, ModelFileError)
     if not path.is_file():
         return []
+    facts = tensor_facts(path, ModelFileError)
+    loaded = []
     try:
-        stored = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            for task, head in model.heads.items():
+                own = {f"{task}.{name}": value for name, value in head.state_dict().items()}
+                found = {name: entry.shape for name, entry in facts.items() if name.startswith(f"{task}.")}
+                if not own or {name: tuple(value.shape) for name, value in own.items()} != found:
+                    continue
+                strange = [name for name in found if facts[name].dtype not in ("F64", "F32", "F16", "BF16")]
+                if strange:
+                    raise ModelFileError(
+                        f"{path}: {strange[0]} has dtype {facts[strange[0]].dtype:.20}, expected floats"
+                    )
+                with torch.no_grad():
+                    for name, value in own.items():
+                        value.copy_(file.get_tensor(name))
+                loaded.append(task)
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{path}: is damaged ({error})") from None
-    loaded = []
-    for task, head in model.heads.items():
-        own = head.state_dict()
-        found = {
-            name.removeprefix(f"{task}."): value
-            for name, value in stored.items()
-            if name.startswith(f"{task}.")
-        }
-        if own and {n: v.shape for n, v in own.items()} == {n: v.shape for n, v in found.items()}:
-            head.load_state_dict(found)
-            loaded.append(task)
     return loaded

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ProjectionName = Literal["query", "key", "value", "attention_output", "intermediate", "output"]
 
 PROJECTIONS: tuple[str, ...] = get_args(ProjectionName)
+MAX_RANK = 4096  # no width of BERT is above it, and beyond the width a rank adds nothing
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class LoraConfig:
     """Every task has adapters of its own, used on its sentences alone. They cannot be merged into the weights."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank: expected at least 1, found {self.rank}")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"lora.rank: expected 1 to {MAX_RANK}, found {self.rank}")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ConfigError(f"lora.alpha: expected a number above 0, found {self.alpha}")
         check_probability("lora.dropout", self.dropout)
@@ -130,11 +131,11 @@ def unmerge(encoder: BertEncoder) -> None:
     _fold(encoder, merged=False)
 
 
-def adapted_weights(encoder: BertEncoder) -> Iterator[tuple[Tensor, LoraAdapter]]:
+def adapted_weights(encoder: BertEncoder, task: str | None = None) -> Iterator[tuple[Tensor, LoraAdapter]]:
     """Every adapter that all tasks use, with the weight that it updates (for query, key, value their part of
-    the fused weight)."""
+    the fused weight). task: those that this task alone uses, too."""
     for layer in encoder.layers:
-        yield from layer.adapted_weights()
+        yield from ((weight, adapter) for _, weight, adapter in layer.adapted_weights(task))
 
 
 @torch.no_grad()

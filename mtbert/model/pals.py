@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from mtbert.model.bert import BertEncoder
 
 
+MAX_SIZE = 16384
+
+
 @dataclass(frozen=True)
 class PalConfig:
     """Projected attention layers, one set for each task."""
@@ -43,9 +46,9 @@ class PalConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("size", 0), ("heads", 1)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) <= MAX_SIZE:
                 raise ConfigError(
-                    f"model.pals.{name}: expected at least {least}, found {getattr(self, name)}"
+                    f"model.pals.{name}: expected {least} to {MAX_SIZE}, found {getattr(self, name)}"
                 )
         if self.size % self.heads:
             below = self.size // self.heads * self.heads

@@ -26,6 +26,7 @@ from mtbert.errors import ModelFileError
 from mtbert.model.bert import BertConfig, BertEncoder
 from mtbert.model.dropout import DropoutRates
 from mtbert.model.lora import adapted_weights
+from mtbert.outside_files import TensorFacts, own_file, read_json_object, tensor_facts
 
 __all__ = ["BertConfig", "load_config", "load_encoder", "origin", "resolve", "save_encoder"]
 
@@ -38,6 +39,7 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENISER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 ENCODER_FOLDER = "encoder"
 """Where a run keeps its exported encoder."""
+_MOST_CONFIG_BYTES = 1 << 20
 _ORIGIN = "_name_or_path"  # where config.json says what the weights began from
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -76,8 +78,8 @@ def origin(name: str | Path) -> str:
     """What the weights of a model began from: `minilm` also for what this program trained from it, else `name`."""
     folder = Path(name).expanduser()
     if str(name) != MINILM and folder.is_dir():
-        path = _exported(folder) / CONFIG_FILE
-        if path.is_file() and _read_json_object(path).get(_ORIGIN) == MINILM:
+        path = own_file(_exported(folder), CONFIG_FILE, ModelFileError)
+        if path.is_file() and read_json_object(path, ModelFileError).get(_ORIGIN) == MINILM:
             return MINILM
     return str(name)
 
@@ -168,8 +170,8 @@ def _download(hub_id: str) -> Path:
 def load_config(folder: str | Path) -> BertConfig:
     """The sizes in a model folder's config.json; ModelFileError for another architecture or an unusable
     value."""
-    path = Path(folder) / CONFIG_FILE
-    found = _read_json_object(path)
+    path = own_file(Path(folder), CONFIG_FILE, ModelFileError)
+    found = read_json_object(path, ModelFileError, _MOST_CONFIG_BYTES)
     _refuse_other_architectures(path, found)
     values: dict[str, Any] = {}
     for field in fields(BertConfig):
@@ -184,33 +186,29 @@ def load_config(folder: str | Path) -> BertConfig:
     return config
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ModelFileError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ModelFileError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def _refuse_other_architectures(path: Path, found: Mapping[str, Any]) -> None:
     architectures = found.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ModelFileError(f"{path}: architectures: expected a list, found {architectures!r:.80}")
     model_type = found.get("model_type")
     if model_type is None and architectures and all(str(name).startswith("Bert") for name in architectures):
         model_type = "bert"  # configurations from before model_type existed
     if model_type != "bert":
-        name = model_type or ", ".join(map(str, architectures)) or "a configuration without model_type"
-        raise ModelFileError(f"{path}: expected the architecture bert, found {name}")
+        name = (
+            str(model_type)
+            if model_type
+            else ", ".join(map(str, architectures)) or "a configuration without model_type"
+        )
+        raise ModelFileError(f"{path}: expected the architecture bert, found {name:.80}")
     activation = found.get("hidden_act", "gelu")
     if activation != "gelu":
-        raise ModelFileError(f"{path}: hidden_act {activation!r} is not served; expected the exact 'gelu'")
+        raise ModelFileError(
+            f"{path}: hidden_act {activation!r:.80} is not served; expected the exact 'gelu'"
+        )
     positions = found.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise ModelFileError(
-            f"{path}: position_embedding_type {positions!r} is not served; expected 'absolute'"
+            f"{path}: position_embedding_type {positions!r:.80} is not served; expected 'absolute'"
         )
     if found.get("is_decoder") or found.get("add_cross_attention"):
         raise ModelFileError(
@@ -222,9 +220,9 @@ def _checked_value(path: Path, name: str, value: Any, kind: type) -> Any:
     if kind is str:
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or value <= 0 or (kind is int and not isinstance(value, int)):
+    if not number or not 0 < value < 2**31 or (kind is int and not isinstance(value, int)):
         expected = "a whole number" if kind is int else "a number"
-        raise ModelFileError(f"{path}: {name}: expected {expected} above 0, found {value!r}")
+        raise ModelFileError(f"{path}: {name}: expected {expected} above 0, found {value!r:.80}")
     return kind(value)
 
 
@@ -251,24 +249,18 @@ def load_encoder(
     `generator`, and a warning is logged (`encoder.pooler_is_pretrained` is False then). Raises
     ModelFileError for a damaged file and for missing, unknown or wrongly shaped tensors.
     """
-    path = Path(folder) / WEIGHTS_FILE
+    path = own_file(Path(folder), WEIGHTS_FILE, ModelFileError)
     found = load_config(folder)
+    facts = tensor_facts(path, ModelFileError)
+    stored = _stored_names(path, list(facts))
+    _check_tensors(path, facts, stored, found)  # before anything of these sizes is allocated
     encoder = BertEncoder(config or found, dropouts, generator=generator).to(dtype)
-    above = tuple(
-        f"encoder.layer.{number}." for number in range(len(encoder.layers), found.num_hidden_layers)
-    )
     targets = dict(hugging_face_views(encoder))
     try:
-        with opened(path) as file:
-            stored = _stored_names(path, list(file.keys()))
-            stored = {name: value for name, value in stored.items() if not name.startswith(above)}
-            _check_tensors(path, file, stored, targets)
-            with torch.no_grad():
-                for name, target in targets.items():
-                    if name in stored:
-                        target.copy_(file.get_tensor(stored[name]))
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: there is no such file") from None
+        with opened(path) as file, torch.no_grad():
+            for name, target in targets.items():
+                if name in stored:
+                    target.copy_(file.get_tensor(stored[name]))
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
             f"{path}: is truncated or not a safetensors file ({error}); download it again"
@@ -298,24 +290,60 @@ def _stored_names(path: Path, names: list[str]) -> dict[str, str]:
     return stored
 
 
-def _check_tensors(path: Path, file: Any, stored: Mapping[str, str], targets: Mapping[str, Tensor]) -> None:
-    pooler = {name for name in targets if name.startswith("pooler.")}
-    needed = targets.keys() if pooler & stored.keys() else targets.keys() - pooler
-    problems = [
-        f"{name} is missing (expected {list(targets[name].shape)})" for name in needed - stored.keys()
+def _check_tensors(
+    path: Path, facts: Mapping[str, TensorFacts], stored: Mapping[str, str], config: BertConfig
+) -> None:
+    """Raise ModelFileError unless the file's header has the tensors of that BERT."""
+    if config.num_hidden_layers > len(stored):  # whose names need not even be made
+        raise ModelFileError(
+            f"{path}: does not fit {CONFIG_FILE}: num_hidden_layers is {config.num_hidden_layers}, but there are"
+            f" {len(stored)} tensors"
+        )
+    shapes = tensor_shapes(config)
+    pooler = {name for name in shapes if name.startswith("pooler.")}
+    needed = shapes.keys() if pooler & stored.keys() else shapes.keys() - pooler
+    problems = [f"{name} is missing (expected {list(shapes[name])})" for name in needed - stored.keys()]
+    problems += [
+        f"{stored[name]:.120} is not a tensor of this BERT" for name in stored.keys() - shapes.keys()
     ]
-    problems += [f"{stored[name]} is not a tensor of this BERT" for name in stored.keys() - targets.keys()]
-    for name in targets.keys() & stored.keys():
-        found = file.get_slice(stored[name])
-        if list(found.get_shape()) != list(targets[name].shape):
-            problems.append(
-                f"{stored[name]} has shape {found.get_shape()}, expected {list(targets[name].shape)}"
-            )
-        elif found.get_dtype() not in _FLOATING:
-            problems.append(f"{stored[name]} has dtype {found.get_dtype()}, expected floating point")
+    for name in shapes.keys() & stored.keys():
+        found = facts[stored[name]]
+        if found.shape != shapes[name]:
+            problems.append(f"{stored[name]} has shape {list(found.shape)}, expected {list(shapes[name])}")
+        elif found.dtype not in _FLOATING:
+            problems.append(f"{stored[name]} has dtype {found.dtype:.20}, expected floating point")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ModelFileError(f"{path}: does not fit {CONFIG_FILE}: {'; '.join(sorted(problems)[:5])}{more}")
+
+
+def tensor_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter under its name in Hugging Face's `BertModel`, from the sizes alone."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config.vocab_size, width),
+        "embeddings.position_embeddings.weight": (config.max_position_embeddings, width),
+        "embeddings.token_type_embeddings.weight": (config.type_vocab_size, width),
+    }
+
+    def linear(name: str, outputs: int, inputs: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    norm("embeddings.LayerNorm")
+    for number in range(config.num_hidden_layers):
+        prefix = f"encoder.layer.{number}"
+        for part in ("query", "key", "value"):
+            linear(f"{prefix}.attention.self.{part}", width, width)
+        linear(f"{prefix}.attention.output.dense", width, width)
+        norm(f"{prefix}.attention.output.LayerNorm")
+        linear(f"{prefix}.intermediate.dense", inner, width)
+        linear(f"{prefix}.output.dense", width, inner)
+        norm(f"{prefix}.output.LayerNorm")
+    linear("pooler.dense", width, width)
+    return shapes
 
 
 # ---- writing ----
@@ -335,15 +363,36 @@ def save_encoder(
     files are copied from `tokeniser_folder` when it is given. origin: what the weights began from, for the
     function of that name. Raises ModelFileError for an encoder with parts that a `BertModel` has no place for.
     """
-    if encoder.additions:
-        raise ModelFileError(
-            f"the encoder cannot be written as a BertModel, which has no place for {', '.join(encoder.additions)}"
-        )
     folder = Path(folder)
+    tensors = plain_tensors(encoder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["BertModel"], **hugging_face_config(encoder)}
+    config |= {} if origin is None else {_ORIGIN: origin}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if tokeniser_folder is not None and folder.resolve() != Path(tokeniser_folder).resolve():
+        for name in TOKENISER_FILES:
+            source = own_file(Path(tokeniser_folder), name, ModelFileError)
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
+
+
+def plain_tensors(encoder: BertEncoder, *, task: str | None = None) -> dict[str, Tensor]:
+    """Copies of all parameters under their names in Hugging Face's `BertModel`, with LoRA adapters folded in.
+
+    task: also fold in adapters that this task alone has. Raises ModelFileError for an encoder with parts that a
+    `BertModel` has no place for.
+    """
+    foldable = {"lora.per_task"} if task is not None else set()
+    left = [name for name in encoder.additions if name not in foldable]
+    if left:
+        hint = "; with --task its adapters are folded in" if left == ["lora.per_task"] else ""
+        raise ModelFileError(
+            f"the encoder cannot be written as a BertModel, which has no place for {', '.join(left)}{hint}"
+        )
     # The views of one parameter start at different addresses, so the address tells which adapter is whose.
     adapters = {
-        weight.data_ptr(): adapter for weight, adapter in adapted_weights(encoder) if not adapter.merged
+        weight.data_ptr(): adapter for weight, adapter in adapted_weights(encoder, task) if not adapter.merged
     }
     tensors = {}
     with torch.no_grad():
@@ -351,22 +400,19 @@ def save_encoder(
             adapter = adapters.get(view.data_ptr())
             value = view if adapter is None else view + adapter.delta()
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    config = {
-        "architectures": ["BertModel"],
+    return tensors
+
+
+def hugging_face_config(encoder: BertEncoder) -> dict[str, Any]:
+    """What config.json says of the encoder, without the class that reads it."""
+    return {
         "model_type": "bert",
         **asdict(encoder.config),
         "hidden_dropout_prob": encoder.dropouts.hidden,
         "attention_probs_dropout_prob": encoder.dropouts.attention,
         "position_embedding_type": "absolute",
         "pad_token_id": 0,
-        **({} if origin is None else {_ORIGIN: origin}),
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    if tokeniser_folder is not None and folder.resolve() != Path(tokeniser_folder).resolve():
-        for source in (Path(tokeniser_folder) / name for name in TOKENISER_FILES):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
 
 
 def hugging_face_views(encoder: BertEncoder) -> Iterator[tuple[str, Tensor]]:

@@ -150,6 +150,10 @@ class QueryKeyValue(nn.Module):
         """The adapter of `query`, `key` or `value`, if it has one for all tasks."""
         return _adapter(self.adapters, part)
 
+    def task_adapter(self, part: str, task: str | None) -> LoraAdapter | None:
+        """The adapter of `query`, `key` or `value` that only `task` uses, if there is one."""
+        return None if task is None else _adapter(self._of_task(task), part)
+
     def add_adapter(self, part: str, adapter: LoraAdapter, task: str | None) -> None:
         """Put an adapter on `query`, `key` or `value`; for one task alone where a task is named."""
         if task is None:

@@ -19,7 +19,8 @@ PAIR_FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product": lambda u, v: u * v,
     "dot": lambda u, v: (u * v).sum(dim=-1, keepdim=True),
     "cosine": lambda u, v: (
-        (u * v).sum(dim=-1, keepdim=True) / (u.norm(dim=-1, keepdim=True) * v.norm(dim=-1, keepdim=True))
+        (u * v).sum(dim=-1, keepdim=True)
+        / (u.norm(dim=-1, keepdim=True).clamp(min=1e-8) * v.norm(dim=-1, keepdim=True).clamp(min=1e-8))
     ),
 }
 

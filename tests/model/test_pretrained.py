@@ -186,7 +186,7 @@ def test_unusable_configurations(folder: Path, changes: dict, message: str):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "is not JSON"), (b"[1]", "found list"), (b"\xff\xfe\x00", "is not JSON")]
+    ("content", "message"), [(b"{", "is not JSON"), (b"[1]", "found list"), (b"\xff\xfe\x00", "is not UTF-8")]
 )
 def test_a_damaged_configuration(folder: Path, content: bytes, message: str):
     (folder / "config.json").write_bytes(content)
