@@ -1,4 +1,4 @@
-"""`python -m mtbert.augment TASK --data DIR --output FILE.csv`: more training rows, by a language model or without one."""
+"""`python -m mtbert.augment TASK --data DIR --output FILE.csv`: more training rows, by a language model or without."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def main(arguments: list[str]) -> None:
         if job.offline is None:
             slot = prepared.slots[0]
             structured = job.server.structured != "never"
-            message = prompter_of(job, prepared).messages(slot.row(0), slot.number, 0, structured=structured)[0]
+            message = prompter_of(job, prepared).messages(slot.row(0), slot.number, 0, structured=structured)[
+                0
+            ]
             print(f"\nThe first request:\n\n{message['content']}")
         return
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             made = run_job(job, prepared)
         except KeyboardInterrupt:
@@ -67,9 +69,7 @@ def _job(options: argparse.Namespace) -> Job:
     offline = None
     if options.offline is not None:
         offline = tuple(name.strip() for name in options.offline.split(",") if name.strip())
-        given = sorted(
-            name for name in _FOR_A_SERVER if getattr(options, name) not in (None, False)
-        )
+        given = sorted(name for name in _FOR_A_SERVER if getattr(options, name) not in (None, False))
         if given:
             listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ConfigError(f"{listed}: would have no effect, because --offline asks no server")
@@ -80,7 +80,9 @@ def _job(options: argparse.Namespace) -> Job:
     if goal.kind == "clean":
         for name in ("shots", "rewrite"):
             if getattr(options, name) is not None:
-                raise ConfigError(f"--{name}: would have no effect, because --clean shows no examples and rewrites nothing")
+                raise ConfigError(
+                    f"--{name}: would have no effect, because --clean shows no examples and rewrites nothing"
+                )
     default = Bounds()
     bounds = None
     if options.shortest is not None or options.longest is not None:
@@ -145,12 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         description="More training rows for a task: paraphrases by a language model behind any OpenAI-compatible server"
         " (vLLM, llama.cpp, Ollama, ...), or simple changes without one. Dev and test are never rewritten, never shown"
         " to the model, and no new row repeats them. Training reads the result with --extra-data TASK=FILE.",
-        epilog=f"The key, where the server needs one, is read from the environment variable OPENAI_API_KEY. Exit code: 0,"
-        f" or {MISSING} when the table has fewer rows than asked for, 2 for an error, 130 when interrupted. A killed job"
+        epilog="The key, where the server needs one, is read from the environment, OPENAI_API_KEY. Exit code: 0;"
+        f" {MISSING} when the table has fewer rows than asked for; 2 for an error; 130 when interrupted. A killed job"
         " goes on with the same command: answers are kept. --debug shows the traceback of an error.",
     )
     parser.add_argument("task", metavar="TASK", help=f"the task: {', '.join(TASKS)}, or one of --plugins")
-    parser.add_argument("--data", required=True, help="folder in the CS224N layout, sample or hub, as for training")
+    parser.add_argument(
+        "--data", required=True, help="folder in the CS224N layout, sample or hub, as for training"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -161,9 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier job")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows, examples and changes (0)")
     parser.add_argument(
-        "--plugins", action="append", default=[], metavar="FILE.py", help="a file that registers tasks; repeatable"
+        "--plugins",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a file that registers tasks; repeatable",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and the first request; ask nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the plan and the first request; ask nothing"
+    )
 
     goal = parser.add_argument_group("what is made (one of)").add_mutually_exclusive_group(required=True)
     goal.add_argument(
@@ -171,18 +181,30 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="as many rows of every class as of the largest; scores: of every tenth of their range",
     )
-    goal.add_argument("--multiply", type=int, metavar="K", help="K times as many rows: each is rewritten K - 1 times")
     goal.add_argument(
-        "--clean", action="store_true", help="repair the text of every row; the result has the same rows, ids and labels"
+        "--multiply", type=int, metavar="K", help="K times as many rows: each is rewritten K - 1 times"
+    )
+    goal.add_argument(
+        "--clean",
+        action="store_true",
+        help="repair the text of every row; the result has the same rows, ids and labels",
     )
     limits = parser.add_argument_group("how much, and what is accepted")
     limits.add_argument("--limit", type=int, metavar="N", help="at most N rows, to try it out")
-    limits.add_argument("--attempts", type=int, default=4, metavar="N", help="answers for a row before it is given up (4)")
     limits.add_argument(
-        "--shortest", type=float, metavar="X", help="fewest words for each word of the original (0.4; repairs 0.6)"
+        "--attempts", type=int, default=4, metavar="N", help="answers for a row before it is given up (4)"
     )
     limits.add_argument(
-        "--longest", type=float, metavar="X", help="most words for each word of the original (2.5; repairs 1.6)"
+        "--shortest",
+        type=float,
+        metavar="X",
+        help="fewest words for each word of the original (0.4; repairs 0.6)",
+    )
+    limits.add_argument(
+        "--longest",
+        type=float,
+        metavar="X",
+        help="most words for each word of the original (2.5; repairs 1.6)",
     )
     offline = parser.add_argument_group("without a server")
     offline.add_argument(
@@ -192,17 +214,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     server = parser.add_argument_group("the server")
     server.add_argument(
-        "--base-url", metavar="URL", help=f"its address (OPENAI_BASE_URL of the environment, or {LOCAL_SERVER})"
+        "--base-url",
+        metavar="URL",
+        help=f"its address (OPENAI_BASE_URL of the environment, or {LOCAL_SERVER})",
     )
     server.add_argument("--model", help="the model's name there (default: the only one that it has)")
     server.add_argument("--concurrency", type=int, metavar="N", help="requests at once (16)")
     server.add_argument("--timeout", type=float, metavar="SECONDS", help="for one answer (120)")
-    server.add_argument("--retries", type=int, metavar="N", help="how often a failed request is sent again (6)")
+    server.add_argument(
+        "--retries", type=int, metavar="N", help="how often a failed request is sent again (6)"
+    )
     server.add_argument(
         "--backoff",
         type=float,
         metavar="SECONDS",
-        help="wait before the first of them; doubled each time, with a spread; what the server asks for comes first (1)",
+        help="wait before the first of them; doubled each time, with a spread; what a server asks for comes first (1)",
     )
     server.add_argument(
         "--structured",
@@ -211,22 +237,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--stream", action="store_true", help="read answers as they are written")
     server.add_argument(
-        "--cache", type=Path, metavar="FILE", help="file of all answers by request (FILE.answers.jsonl beside the output)"
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="file of all answers by request (FILE.answers.jsonl beside the output)",
     )
     prompt = parser.add_argument_group("the prompt and the answers")
-    prompt.add_argument("--shots", type=int, metavar="N", help="examples of each class in a prompt, from train (2)")
     prompt.add_argument(
-        "--rewrite", choices=get_args(Rewrite), help="of a pair: both sentences, or one, drawn for each row (both)"
+        "--shots", type=int, metavar="N", help="examples of each class in a prompt, from train (2)"
+    )
+    prompt.add_argument(
+        "--rewrite",
+        choices=get_args(Rewrite),
+        help="of a pair: both sentences, or one, drawn for each row (both)",
     )
     prompt.add_argument("--temperature", type=float, metavar="T", help="(0.9)")
     prompt.add_argument("--top-p", type=float, metavar="P", help="(0.95)")
     prompt.add_argument(
-        "--answer-tokens", type=int, metavar="N", help="most tokens of an answer (by the row's length; 0: no limit is sent)"
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer (by the row's length; 0: no limit is sent)",
     )
     prompt.add_argument(
         "--extra-body",
         metavar="JSON",
-        help="further fields of the request, such as '{\"chat_template_kwargs\": {\"enable_thinking\": false}}'",
+        help='further fields of the request, such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'',
     )
     return parser
 

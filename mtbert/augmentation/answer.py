@@ -1,4 +1,4 @@
-"""From what a language model writes to the texts of a row: JSON where it gives it, else free text without its trimmings.
+"""From what a language model writes to the texts of a row: JSON where it gives it, else text without its trimmings.
 
 A free answer may carry a preamble, quotes, the label and notes, as in the example of Peng, Yuan and Wang 2024,
 appendix A.4: `Here is a paraphrased version ...: "..." Sentiment score: 3 (somewhat positive)`.
@@ -40,23 +40,32 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _LABEL_BEHIND = re.compile(rf"(?:\t\s*|\s{{2,}})({_NUMBER})\s*$")
+# What a model calls its sentence; a sentence that merely has a colon must stay whole.
+_NAME = (
+    r"(?:paraphrased?|rewritten|rephrased|repaired|corrected|revised|new|output|answer|response|result|sentence|review"
+    r"|version|line|text)"
+)
 _OPENING = re.compile(
-    r"^[*_\s]*(?:sure|certainly|of course|okay|ok|absolutely|here(?:'s| is| are)|below is|paraphrased?|paraphrase of|"
-    r"rewritten|rephrased|repaired|corrected|revised|new|output|answer|response|result|sentence|review|line|text)\b"
-    r"[^:\n]{0,120}:[*_\s]*",
+    rf"^[*_\s]*(?:(?:the\s+|my\s+)?{_NAME}(?:\s+{_NAME}){{0,2}}"
+    r"|(?:sure|certainly|of course|okay|ok|absolutely|here(?:'s| is| are)|below is)\b"
+    rf"[^:\n]{{0,120}}?\b{_NAME}\b[^:\n]{{0,80}})[*_\s]*:[*_\s]*",
     re.IGNORECASE,
 )
 _NOTE = re.compile(
-    r"^[*_(\[\s]*(?:note\b|explanation\b|changes?\b[^.]*:|this (?:paraphrase|version|sentence|rewrite)\b|i (?:have|'ve|kept|made|changed|"
-    r"tried|replaced)\b|let me know\b|both (?:versions|sentences)\b|the (?:paraphrase|sentiment|meaning|label|original)\b.*"
-    r"\b(?:same|remains|kept|preserved|unchanged)\b|hope this\b|original\b[^:\n]{0,30}:)",
+    r"^[*_(\[\s]*(?:note\b|explanation\b|changes?\b[^.]*:|this (?:paraphrase|version|sentence|rewrite)\b"
+    r"|i (?:have|'ve|kept|made|changed|tried|replaced)\b|let me know\b|both (?:versions|sentences)\b"
+    r"|the (?:paraphrase|sentiment|meaning|label|original)\b.*\b(?:same|remains|kept|preserved|unchanged)\b"
+    r"|hope this\b|original\b[^:\n]{0,30}:)",
     re.IGNORECASE,
 )
 _DECLINED = re.compile(
-    r"^(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,? (?:but )?i|i (?:can(?:no|')t|won't|will not) |as an ai\b|i apologi[sz]e)",
+    r"^(?:(?:i(?:'m| am) sorry|sorry|i apologi[sz]e)[,.]?\s*(?:but\s+)?"
+    r"(?:as an ai|i(?:\s+can|\s+won't|\s+will not|(?:'m|\s+am)\s+(?:not able|unable)))"
+    r"|as an ai\b|i(?:'m| am) (?:unable|not able) to\b|i (?:can't|cannot|won't|will not) (?:help|assist|do that"
+    r"|provide|comply|fulfill?|paraphrase|rewrite|rephrase|generate|create)\b)",
     re.IGNORECASE,
 )
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "`": "`"}
+_QUOTES = {'"': '"', "'": "'", "“": "”", "\u2018": "\u2019", "«": "»", "„": "“", "`": "`"}
 _BULLET = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)")
 
 
@@ -166,7 +175,10 @@ def _pair(lines: Sequence[str], layout: TableLayout) -> tuple[tuple[str, ...], f
         parts.append(line)
     named = {}
     for number, column in enumerate(layout.text_columns, start=1):
-        pattern = re.compile(rf"^[*_\s]*(?:{re.escape(column)}|(?:sentence|question|text|line)\s*{number}|{number}[.)])[*_]*\s*[:=.)]?[*_]*\s*", re.I)
+        pattern = re.compile(
+            rf"^[*_\s]*(?:{re.escape(column)}|(?:sentence|question|text|line)\s*{number}|{number}[.)])[*_]*\s*[:=.)]?[*_]*\s*",
+            re.I,
+        )
         for part in parts:
             if pattern.match(part) and column not in named:
                 named[column] = pattern.sub("", part, count=1)
@@ -180,7 +192,9 @@ def _pair(lines: Sequence[str], layout: TableLayout) -> tuple[tuple[str, ...], f
 def _without_label(line: str) -> tuple[str, float | None]:
     """A line without the label behind a tab or a gap, as the lines of the prompt have it."""
     match = _LABEL_BEHIND.search(line)
-    return (line[: match.start()], float(match[1])) if match and line[: match.start()].strip() else (line, None)
+    return (
+        (line[: match.start()], float(match[1])) if match and line[: match.start()].strip() else (line, None)
+    )
 
 
 def _unquoted(text: str) -> str:
@@ -188,6 +202,11 @@ def _unquoted(text: str) -> str:
     for mark in ("**", "__"):
         if len(text) > 4 and text.startswith(mark) and text.endswith(mark):
             text = text[2:-2].strip()
-    while len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1] and text[-1] not in text[1:-1]:
+    while (
+        len(text) > 1
+        and _QUOTES.get(text[0]) == text[-1]
+        and text[0] not in text[1:-1]
+        and text[-1] not in text[1:-1]
+    ):
         text = text[1:-1].strip()
     return text

@@ -24,6 +24,8 @@ except ImportError:  # Windows: two jobs with one cache are not noticed
 SYNC_SECONDS = 1.0
 """A killed process loses nothing; a machine without power loses what came in since the last flush to the disk."""
 
+_STARTS = (b'{"key": ', b'{"note": ')
+
 
 def request_key(request: Mapping[str, Any]) -> str:
     """The sha256 of a request: of all that its answer depends on."""
@@ -31,7 +33,7 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 class AnswerCache:
-    """A file of JSON lines, `{"key": ..., "answer": {...}}` each, and notes about the server, `{"note": ..., "value": ...}`.
+    """A file of JSON lines: answers, `{"key": ..., "answer": {...}}`, and notes, `{"note": ..., "value": ...}`.
 
     An incomplete last line, which a killed process or a full disk leaves, is cut off; another line that cannot be read
     is passed over with a warning, so that its request is sent again.
@@ -58,7 +60,9 @@ class AnswerCache:
     def __enter__(self) -> AnswerCache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -119,13 +123,19 @@ class AnswerCache:
         try:
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.path}: another process is using these answers; wait for it, or give another --cache") from None
+            raise UserError(
+                f"{self.path}: another process is using these answers; wait for it, or give another --cache"
+            ) from None
         except OSError:
             pass  # a volume without locks
 
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.readall()
+        if data and not any(start.startswith(data[: len(start)]) for start in _STARTS):
+            raise DataError(
+                f"{self.path}: holds no answer of this program; expected a file that --cache has made before"
+            )
         end = data.rfind(b"\n") + 1
         if end < len(data):
             warnings.warn(f"{self.path}: the last line is incomplete and is cut off", stacklevel=3)
@@ -140,6 +150,7 @@ class AnswerCache:
                 else:
                     raise ValueError("its text is no string")
             except (ValueError, TypeError, KeyError):
-                warnings.warn(f"{self.path}, line {number}: is no answer of this program and is passed over", stacklevel=3)
-        if data and not self._answers and not self._notes and data[:end].strip():
-            raise DataError(f"{self.path}: holds no answer of this program; expected a file that --cache has made before")
+                warnings.warn(
+                    f"{self.path}, line {number}: is no answer of this program and is passed over",
+                    stacklevel=3,
+                )

@@ -113,7 +113,9 @@ class ChatClient:
             return self._config.model
         found = await self._with_retries(self._models)
         if isinstance(found, Refusal):
-            raise ServerError(f"{self._where}: does not list its models ({found.detail}); name one with --model")
+            raise ServerError(
+                f"{self._where}: does not list its models ({found.detail}); name one with --model"
+            )
         if len(found) != 1:
             listed = ", ".join(sorted(found)[:20]) or "none"
             raise ConfigError(f"--model: the server has {len(found)} models, name one of them: {listed}")
@@ -174,7 +176,7 @@ class ChatClient:
             self.traffic.models.add(reply.model)
 
     async def _find_out(self, request: Request) -> None:
-        """Whether the server takes a JSON schema: where it refuses one and takes the same request without, it does not."""
+        """Whether the server takes a JSON schema: where it takes the same request only without one, it does not."""
         found = await self._ask_server(request.structured, request.attempt)
         if isinstance(found, Refusal):
             if found.reason != REFUSED:
@@ -186,7 +188,7 @@ class ChatClient:
         self._cache.put_note(f"{_SCHEMA} of {request.free['model']}", self._schema)
 
     async def _with_retries(self, send: Any) -> Any:
-        """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through any more."""
+        """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through."""
         tries = 0
         while True:
             await self._wait_for_the_limit()
@@ -207,7 +209,7 @@ class ChatClient:
                 self.traffic.retries += 1
                 await asyncio.sleep(backoff(self._config.backoff, tries) if wait is None else wait)
 
-    def _judge(self, error: Exception) -> float | None | Refusal:
+    def _judge(self, error: Exception) -> float | Refusal | None:
         """Seconds to wait as the server asks, None to wait as long as usual, a Refusal where it is no use to try again.
 
         Raises ServerError for what would fail for every request, and errors of this program as they are.
@@ -225,7 +227,11 @@ class ChatClient:
         headers = {name.lower(): value for name, value in error.response.headers.items()}
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
             raise ServerError(f"{self._where}: {self._said(error)}")
-        if headers.get("x-should-retry") != "false" and (status in (408, 409, 429) or status >= 500) and status != 501:
+        if (
+            headers.get("x-should-retry") != "false"
+            and (status in (408, 409, 429) or status >= 500)
+            and status != 501
+        ):
             wait = asked_for(headers)
             if wait is not None:
                 if wait > LONGEST_WAIT:
@@ -240,8 +246,8 @@ class ChatClient:
             raise ServerError(f"{self._where}: {self._said(error)}; the environment variable {KEY} {given}")
         if status == 404:
             raise ServerError(
-                f"{self._where}: {self._said(error)}; expected an address that ends before /chat/completions, and a model"
-                " that the server has"
+                f"{self._where}: {self._said(error)}; expected an address that ends before /chat/completions, and a"
+                " model that the server has"
             )
         return Refusal(REFUSED, self._said(error))
 
@@ -249,7 +255,9 @@ class ChatClient:
         self._failures += 1
         detail = f"{self._said(error)}, after {tries} tries"
         if self._failures > self._config.concurrency:
-            raise ServerError(f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}")
+            raise ServerError(
+                f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}"
+            )
         return Refusal(NO_ANSWER, detail)
 
     async def _wait_for_the_limit(self) -> None:

@@ -33,10 +33,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--base-url: expected an address like {LOCAL_SERVER}, found {parts.hostname or 'no host'}")
+            raise ConfigError(
+                f"--base-url: expected an address like {LOCAL_SERVER}, found {parts.hostname or 'no host'}"
+            )
         if parts.username or parts.password or parts.query:
             raise ConfigError(
-                "--base-url: holds a user, a password or a query; a key belongs into the environment variable OPENAI_API_KEY"
+                "--base-url: holds a user, a password or a query; a key belongs into the environment, as"
+                " OPENAI_API_KEY"
             )
         if self.concurrency < 1:
             raise ConfigError(f"--concurrency: expected at least 1, found {self.concurrency}")

@@ -50,13 +50,17 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.output.suffix not in _SUFFIXES:
-            raise ConfigError(f"--output: expected a table's name ending in {', '.join(_SUFFIXES)}, found {self.output}")
+            raise ConfigError(
+                f"--output: expected a table's name ending in {', '.join(_SUFFIXES)}, found {self.output}"
+            )
         if self.attempts < 1:
             raise ConfigError(f"--attempts: expected at least 1, found {self.attempts}")
         if self.offline is not None:
             check_augmenters(self.offline, self.task)
             if self.goal.kind == "clean":
-                raise ConfigError("--clean: repairs need a language model; possible without one: --equalise, --multiply")
+                raise ConfigError(
+                    "--clean: repairs need a language model; possible without one: --equalise, --multiply"
+                )
         if self.prompt.rewrite == "one" and not self.task.is_pair:
             raise ConfigError(f"--rewrite one: task {self.task.name} has single sentences")
 

@@ -82,5 +82,7 @@ class LanguageModel:
         )
         schema = self._prompter.response_format()
         return Request(
-            {**common, "messages": free}, {**common, "messages": structured, "response_format": schema}, attempt
+            {**common, "messages": free},
+            {**common, "messages": structured, "response_format": schema},
+            attempt,
         )

@@ -1,4 +1,4 @@
-"""Which training rows are rewritten, and how often: until the classes are even, or until the table is k times as long."""
+"""Which training rows are rewritten, and how often: until the classes are even, or the table is k times as long."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def strata(task: Task, labels: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(share * SCORE_BINS + 1e-9), 0, SCORE_BINS - 1).astype(np.int64)
 
 
-def plan_rows(task: Task, table: Table, goal: Goal, usable: Sequence[int], *, attempts: int, seed: int) -> list[Slot]:
+def plan_rows(
+    task: Task, table: Table, goal: Goal, usable: Sequence[int], *, attempts: int, seed: int
+) -> list[Slot]:
     """The rows to be made, a class after the other taking turns. `usable`: the training rows that may be rewritten.
 
     Each class walks through its usable rows in random order, so that none is rewritten twice before all have been once.
@@ -79,7 +81,9 @@ def plan_rows(task: Task, table: Table, goal: Goal, usable: Sequence[int], *, at
     groups = strata(task, table.labels)
     sizes = np.bincount(groups)
     wanted = {
-        int(group): int(sizes.max() - sizes[group]) if goal.kind == "equalise" else int(sizes[group]) * (goal.factor - 1)
+        int(group): int(sizes.max() - sizes[group])
+        if goal.kind == "equalise"
+        else int(sizes[group]) * (goal.factor - 1)
         for group in np.flatnonzero(sizes)
     }
     if not any(wanted.values()):
@@ -92,8 +96,13 @@ def plan_rows(task: Task, table: Table, goal: Goal, usable: Sequence[int], *, at
     for group, count in wanted.items():
         rows = by_group.get(group, [])
         if count and not rows:
-            raise DataError(f"{table.path}: no row of class {group} can be rewritten, all of them also stand in dev or test")
-        order = [Draws(seed, task.name, group, cycle).shuffled(rows) for cycle in range(-(-count // max(len(rows), 1)))]
+            raise DataError(
+                f"{table.path}: no row of class {group} can be rewritten, all of them also stand in dev or test"
+            )
+        order = [
+            Draws(seed, task.name, group, cycle).shuffled(rows)
+            for cycle in range(-(-count // max(len(rows), 1)))
+        ]
         walk = [row for cycle in order for row in cycle]
         spare = walk[count:] or rows  # stand in for a row that cannot be rewritten
         for place in range(count):

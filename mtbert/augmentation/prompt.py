@@ -32,9 +32,9 @@ another structure; keep its language, its tone and about its length; add nothing
 REPAIR = """\
 You repair the text of examples of a data set: {title}. An example is one line: {parts}, separated by tabs. {labels}
 The text may have been damaged: spaces before punctuation or inside of words and contractions (does n't), brackets as \
--LRB- and -RRB-, quotation marks as `` and '', slashes behind backslashes, missing or wrong capitals, broken characters, \
-left-over markup such as <br />, words cut in two or a cut-off end. Repair such damage in the example below and change \
-nothing else: no other words, no other order, the same meaning and label. Give an example without damage back as it is.
+-LRB- and -RRB-, quotation marks as `` and '', slashes behind backslashes, missing or wrong capitals, broken \
+characters, left-over markup such as <br />, words cut in two or a cut-off end. Repair such damage in the example \
+below and change nothing else: no other words, no other order, the same meaning and label. Give an example without damage back as it is.
 """
 FREE_SINGLE = "Answer with the new sentence alone, on one line, without quotation marks and without comments."
 FREE_PAIR = "Answer with two lines and no comments:\n{first}: ...\n{second}: ..."
@@ -54,7 +54,14 @@ class Prompter:
     """Writes the messages for a row, with examples out of `usable` rows of the training table."""
 
     def __init__(
-        self, task: Task, table: Table, usable: Sequence[int], config: PromptConfig, *, repair: bool, seed: int
+        self,
+        task: Task,
+        table: Table,
+        usable: Sequence[int],
+        config: PromptConfig,
+        *,
+        repair: bool,
+        seed: int,
     ) -> None:
         self._task, self._table, self._config, self._repair, self._seed = task, table, config, repair, seed
         self._shown = self._candidates(usable)
@@ -91,7 +98,12 @@ class Prompter:
         label = {"type": "number" if task.kind == "similarity" else "integer"}
         fields: dict[str, Any] = {column: {"type": "string"} for column in task.layout.text_columns}
         fields[task.layout.label_column] = label
-        schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        schema = {
+            "type": "object",
+            "properties": fields,
+            "required": list(fields),
+            "additionalProperties": False,
+        }
         return {"type": "json_schema", "json_schema": {"name": "example", "strict": True, "schema": schema}}
 
     def _ending(self, structured: bool) -> str:
@@ -144,7 +156,9 @@ class Prompter:
         shown = []
         for _, rows in sorted(found.items()):
             short = [row for row in rows if words[row] <= SHORT_ROW]
-            shown.append(short if len(short) >= LEAST_SHORT else sorted(rows, key=lambda r: words[r])[:LEAST_SHORT])
+            shown.append(
+                short if len(short) >= LEAST_SHORT else sorted(rows, key=lambda r: words[r])[:LEAST_SHORT]
+            )
         return shown
 
     def _examples(self, row: int, draw: int, attempt: int) -> list[int]:

@@ -42,11 +42,14 @@ def plot_path(output: Path) -> Path:
 
 
 def write_files(job: Job, prepared: Prepared, made: Made) -> list[Path]:
-    """Write the table, then its record and, where rows were added, the plot of the labels; each as a whole or not at all."""
+    """Write the table, then its record and, where rows were added, the plot of the labels; each whole or not at all."""
     text = table_text(made.table, job.task.layout, {SOURCE: made.sources})
     record = describe(job, prepared, made, hashlib.sha256(text.encode()).hexdigest())
     write_text(job.output, text)
-    written = [job.output, write_text(record_path(job.output), json.dumps(record, indent=2, ensure_ascii=False) + "\n")]
+    written = [
+        job.output,
+        write_text(record_path(job.output), json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
+    ]
     if job.goal.kind != "clean":
         own = label_histogram(job.task, labels_of(prepared.train)) or {}
         new = label_histogram(job.task, labels_of(made.table)) or {}
@@ -93,7 +96,9 @@ def describe(job: Job, prepared: Prepared, made: Made, digest: str) -> dict[str,
     return record | {
         "method": "language model",
         # A local server may call its model by the folder that it lies in.
-        "model": Path(made.model or "").name if (made.model or "").startswith(("/", "~", ".")) else made.model,
+        "model": Path(made.model or "").name
+        if (made.model or "").startswith(("/", "~", "."))
+        else made.model,
         "sampling": asdict(job.sampling),
         "prompt": {"template": TEMPLATE, **asdict(job.prompt)},
         "structured_output": made.structured,
@@ -109,8 +114,8 @@ def summary(job: Job, prepared: Prepared, made: Made, written: Iterable[Path]) -
     if job.goal.kind == "clean":
         lines.append(
             f"{job.task.name}: {len(made.table):,} rows, {wanted:,} of them looked at: {made.repaired:,} repaired,"
-            f" {len(outcome.rows) - made.repaired:,} found without damage, {wanted - len(outcome.rows):,} kept as they were"
-            " for want of a usable repair"
+            f" {len(outcome.rows) - made.repaired:,} found without damage, {wanted - len(outcome.rows):,} kept as they"
+            " were for want of a usable repair"
         )
     else:
         lines.append(f"{job.task.name}: {len(outcome.rows):,} of {wanted:,} rows made")
@@ -119,11 +124,15 @@ def summary(job: Job, prepared: Prepared, made: Made, written: Iterable[Path]) -
         lines.append("")
     skipped = len(prepared.train) - len(prepared.usable)
     if skipped:
-        lines.append(f"{skipped:,} training rows also stand in dev or test: neither rewritten nor shown as examples")
+        lines.append(
+            f"{skipped:,} training rows also stand in dev or test: neither rewritten nor shown as examples"
+        )
     if made.traffic is not None:
         t = made.traffic
         tokens = f"; {t.prompt_tokens:,} tokens read, {t.answer_tokens:,} written" if t.answer_tokens else ""
-        lines.append(f"answers: {t.asked:,} asked for, {t.from_cache:,} from {job.cache_path}, {t.retries:,} sent again{tokens}")
+        lines.append(
+            f"answers: {t.asked:,} asked for, {t.from_cache:,} from {job.cache_path}, {t.retries:,} sent again{tokens}"
+        )
     lines.append(f"answers not used: {_reasons(outcome.rejected)}")
     lines += [f"  {reason}: {detail}" for reason, detail in made.details.items()]
     if outcome.missing and job.goal.kind != "clean":

@@ -47,8 +47,8 @@ class Bounds:
     def __post_init__(self) -> None:
         if not 0 <= self.shortest < 1 < self.longest:
             raise ConfigError(
-                "--shortest, --longest: expected a number below 1 and one above 1 (words of a new sentence for each word"
-                f" of its original), found {self.shortest:g} and {self.longest:g}"
+                "--shortest, --longest: expected a number below 1 and one above 1 (words of a new sentence for each"
+                f" word of its original), found {self.shortest:g} and {self.longest:g}"
             )
 
 
@@ -95,8 +95,12 @@ class Validator:
                 _check_words(text, before)
         key = self._key(texts)
         if not self._repairs:
-            changed = [a for a, b in zip(texts, original, strict=True) if self._text_key(a) != self._text_key(b)]
-            if key == self._key(original) or (self._compare == "letters" and kept is None and len(changed) < len(texts)):
+            changed = [
+                a for a, b in zip(texts, original, strict=True) if self._text_key(a) != self._text_key(b)
+            ]
+            if key == self._key(original) or (
+                self._compare == "letters" and kept is None and len(changed) < len(texts)
+            ):
                 raise RejectedError(COPY)
             if key in self._train:
                 raise RejectedError(IN_TRAIN)
@@ -126,7 +130,10 @@ class Validator:
 
     def _check_characters(self, text: str, original: str) -> None:
         for character in text:
-            odd = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or character == "\ufffd"
+            odd = (
+                unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+                or character == "\ufffd"
+            )
             if odd and character not in original:
                 raise RejectedError(CONTROL)
             if character in "\t\n\r":
@@ -155,7 +162,11 @@ class Validator:
             near = self._held_out.near(text)
             if near:
                 # The original may be near that sentence, too: then its rewriting says nothing new about it.
-                known = {n: leak for part in original for n, leak in self._held_out.near(part).items()} if known is None else known
+                known = (
+                    {n: leak for part in original for n, leak in self._held_out.near(part).items()}
+                    if known is None
+                    else known
+                )
                 if near.keys() - known.keys():
                     raise RejectedError(NEAR_LEAK)
 

@@ -75,7 +75,9 @@ def _describe_extra(task: Task, table: Table) -> dict[str, Any]:
     own = len(table) - sum(extra.rows for extra in table.extra)
     for extra in table.extra:
         left_out = f", {extra.left_out:,} left out" if extra.left_out else ""
-        logger.info("%s: %s rows of %s join the training table%s", task.name, f"{extra.rows:,}", extra.path, left_out)
+        logger.info(
+            "%s: %s rows of %s join the training table%s", task.name, f"{extra.rows:,}", extra.path, left_out
+        )
     return {
         "own_labels": label_histogram(task, table.labels[:own]),
         "extra": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,22 @@ from matplotlib.figure import Figure
 from mtbert.augment import main
 
 SUBJECTS = ("the story", "this film", "an old plot", "her first movie", "the whole cast", "a small drama")
-VERBS = ("keeps its promise to", "wears down", "speaks warmly to", "never quite reaches", "delights", "puzzles")
-OBJECTS = ("patient viewers", "the back row", "everyone in town", "fans of the book", "two lonely critics", "children")
+VERBS = (
+    "keeps its promise to",
+    "wears down",
+    "speaks warmly to",
+    "never quite reaches",
+    "delights",
+    "puzzles",
+)
+OBJECTS = (
+    "patient viewers",
+    "the back row",
+    "everyone in town",
+    "fans of the book",
+    "two lonely critics",
+    "children",
+)
 
 
 def sentence(number: int) -> str:
@@ -45,7 +59,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = ["sentence", "sentiment"]
     write(folder / "ids-sst-train.csv", columns, [(f"t{n}", sentence(n), x) for n, x in enumerate(labels)])
     write(folder / "ids-sst-dev.csv", columns, [(f"d{n}", sentence(100 + n), n % 5) for n in range(10)])
-    write(folder / "ids-sst-test-student.csv", ["sentence"], [(f"e{n}", sentence(150 + n)) for n in range(10)])
+    write(
+        folder / "ids-sst-test-student.csv", ["sentence"], [(f"e{n}", sentence(150 + n)) for n in range(10)]
+    )
     pair = ["sentence1", "sentence2"]
     for name, label, values in (
         ("quora", "is_duplicate", [1.0] * 4 + [0.0] * 10),
@@ -59,11 +75,10 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    yield
 
 
 Augment = Callable[..., int]
@@ -86,8 +101,7 @@ def augment(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Au
         try:
             main([task, f"--data={tables}", f"--output={tmp_path / 'new.csv'}", *server, *options])
         except SystemExit as end:
-            assert isinstance(end.code, int)
-            return end.code
+            return int(str(end.code))
         return 0
 
     return run

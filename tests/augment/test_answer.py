@@ -34,6 +34,11 @@ PAPER = (
         ('{"sentence": "It is slow.", "sentiment": 1}', "It is slow.", 1),
         ('Sure:\n```json\n{"sentence": "It is slow.", "sentiment": "1 (negative)"}\n```', "It is slow.", 1),
         ("1. It is slow.", "It is slow.", None),
+        ("I can't wait to see it again .", "I can't wait to see it again .", None),
+        ("I'm sorry I saw this .", "I'm sorry I saw this .", None),
+        ("Okay film, but with one flaw: its length .", "Okay film, but with one flaw: its length .", None),
+        ("Text-heavy and slow: it drags .", "Text-heavy and slow: it drags .", None),
+        ("New in town: a cop who cries .", "New in town: a cop who cries .", None),
         ("Rewritten review:\n- It is slow.\nThis paraphrase keeps the meaning.", "It is slow.", None),
     ],
 )
@@ -46,7 +51,10 @@ def test_a_sentence(text: str, sentence: str, label: float | None) -> None:
     ("text", "label"),
     [
         ("sentence1: A man eats.\nsentence2: Someone has food.", None),
-        ("Here you are:\n**Sentence 1:** A man eats.\n**Sentence 2:** Someone has food.\n\nSimilarity: 3.2", 3.2),
+        (
+            "Here you are:\n**Sentence 1:** A man eats.\n**Sentence 2:** Someone has food.\n\nSimilarity: 3.2",
+            3.2,
+        ),
         ("A man eats.\tSomeone has food.\t3.2", 3.2),
         ("1. A man eats.\n2. Someone has food.", None),
         ('"A man eats."\n"Someone has food."', None),

@@ -59,7 +59,9 @@ def test_rows_join_train_alone_and_a_leak_is_left_out(tables: Path, extra: Path)
 
 def test_what_is_refused(tables: Path, extra: Path, tmp_path: Path) -> None:
     splits = load_tables(str(tables), [SST])["sst"]
-    with pytest.raises(DataError, match=r"extra\.csv, line 2: the id x0 stands in .*extra\.csv, line 2 already"):
+    with pytest.raises(
+        DataError, match=r"extra\.csv, line 2: the id x0 stands in .*extra\.csv, line 2 already"
+    ):
         join(splits, [read_extra(extra, SST), read_extra(extra, SST)])
     with pytest.raises(DataError, match="takes the place of a training table"):
         join(splits, [read_extra(tables / "ids-sst-train.csv", SST)])
@@ -99,7 +101,9 @@ def test_the_command_line_and_a_file_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_trains_on_them_and_says_so(tables: Path, extra: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    arguments = options(tables, tiny_bert, tmp_path, "--extra-data", f"sst={extra}", "--sst.sampling=class-balanced")
+    arguments = options(
+        tables, tiny_bert, tmp_path, "--extra-data", f"sst={extra}", "--sst.sampling=class-balanced"
+    )
     train.main([*arguments, "--epochs=1"])
     run = tmp_path / "run"
     info = json.loads((run / "run.json").read_text())["data"]["sst"]["train"]
@@ -139,7 +143,9 @@ def test_what_augment_makes_is_what_training_reads(
     augment: Augment, tables: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     assert augment("sst", "--equalise", "--offline=case,word-dropout") == 0
-    train.main([*options(tables, tiny_bert, tmp_path, "--extra-data", f"sst={tmp_path / 'new.csv'}"), "--epochs=0.2"])
+    train.main(
+        [*options(tables, tiny_bert, tmp_path, "--extra-data", f"sst={tmp_path / 'new.csv'}"), "--epochs=0.2"]
+    )
     info = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["sst"]["train"]
     assert info["labels"]["counts"] == [12] * 5
     assert info["problem_count"] == 0

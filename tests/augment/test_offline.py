@@ -9,9 +9,9 @@ import pytest
 
 from mtbert.augmentation.draws import Draws
 from mtbert.augmentation.offline import change_case, change_punctuation, drop_words
+from mtbert.data.tables import read_table
 from mtbert.errors import ConfigError
 from mtbert.tasks.registry import get_task
-from mtbert.data.tables import read_table
 
 from .conftest import Augment, read
 
@@ -33,11 +33,16 @@ def test_changes_keep_what_they_promise() -> None:
     assert drop_words("not never no", Draws(1)) == "not never no"
 
 
-def test_classes_become_even_and_the_same_seed_makes_the_same_table(augment: Augment, tables: Path, tmp_path: Path) -> None:
+def test_classes_become_even_and_the_same_seed_makes_the_same_table(
+    augment: Augment, tables: Path, tmp_path: Path
+) -> None:
     assert augment("sst", "--equalise", "--offline=case,punctuation,word-dropout") == 0
     first = (tmp_path / "new.csv").read_bytes()
     task = get_task("sst")
-    new, train = (read_table(path, "sst", "train", task.layout) for path in (tmp_path / "new.csv", tables / "ids-sst-train.csv"))
+    new, train = (
+        read_table(path, "sst", "train", task.layout)
+        for path in (tmp_path / "new.csv", tables / "ids-sst-train.csv")
+    )
     assert new.labels is not None
     assert train.labels is not None
     assert (Counter(new.labels.tolist()) + Counter(train.labels.tolist())) == dict.fromkeys(range(5), 12)
@@ -48,7 +53,10 @@ def test_classes_become_even_and_the_same_seed_makes_the_same_table(augment: Aug
     assert [labels[row["source"]] for row in rows] == new.labels.tolist()
     assert augment("sst", "--equalise", "--offline=case,punctuation,word-dropout", "--overwrite") == 0
     assert (tmp_path / "new.csv").read_bytes() == first
-    assert augment("sst", "--equalise", "--offline=case,punctuation,word-dropout", "--overwrite", "--seed=1") == 0
+    assert (
+        augment("sst", "--equalise", "--offline=case,punctuation,word-dropout", "--overwrite", "--seed=1")
+        == 0
+    )
     assert (tmp_path / "new.csv").read_bytes() != first
 
 
@@ -75,7 +83,7 @@ def test_what_is_refused(augment: Augment, tmp_path: Path) -> None:
         (("--equalise", "--base-url=ftp://x"), "--base-url"),
         (("--equalise", "--base-url=http://user:secret@x/v1"), "OPENAI_API_KEY"),
         (("--equalise", "--extra-body=[1]"), "a JSON object"),
-        (("--equalise", "--extra-body={\"n\": 2}"), "n cannot be given there"),
+        (("--equalise", '--extra-body={"n": 2}'), "n cannot be given there"),
         (("--equalise", "--shortest=2"), "--shortest"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
@@ -89,4 +97,6 @@ def test_a_table_that_is_there_is_not_replaced(augment: Augment, tables: Path, t
     with pytest.raises(ConfigError, match="--overwrite"):
         augment("sst", "--equalise", "--offline=case")
     with pytest.raises(ConfigError, match="never replaced"):
-        augment("sst", "--equalise", "--offline=case", "--overwrite", f"--output={tables / 'ids-sst-train.csv'}")
+        augment(
+            "sst", "--equalise", "--offline=case", "--overwrite", f"--output={tables / 'ids-sst-train.csv'}"
+        )

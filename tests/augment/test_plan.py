@@ -17,7 +17,9 @@ from mtbert.tasks.registry import get_task
 def table(labels: list[float], task: str = "sst") -> Table:
     kind = get_task(task).layout.labels.dtype
     texts = [(f"sentence {n}",) for n in range(len(labels))]
-    return Table(task, "train", Path("t.csv"), [str(n) for n in range(len(labels))], texts, np.array(labels, kind), [])
+    return Table(
+        task, "train", Path("t.csv"), [str(n) for n in range(len(labels))], texts, np.array(labels, kind), []
+    )
 
 
 def test_classes_become_even_and_each_row_serves_before_one_serves_twice() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def test_classes_become_even(
     assert Counter(row["sentiment"] for row in rows) == {"1": 6, "2": 9, "3": 4, "4": 8}
     train = {row["id"]: row for row in read(tables / "ids-sst-train.csv")}
     assert all(train[row["source"]]["sentiment"] == row["sentiment"] for row in rows)
-    assert len({row["sentence"] for row in rows} | {row["sentence"] for row in train.values()}) == WANTED + len(train)
+    assert len(
+        {row["sentence"] for row in rows} | {row["sentence"] for row in train.values()}
+    ) == WANTED + len(train)
     assert len({row["id"] for row in rows} | set(train)) == WANTED + len(train)
     assert len(server.calls) == WANTED
     assert server.most_at_once > 1
@@ -52,10 +55,14 @@ def test_classes_become_even(
     assert (tmp_path / "new-labels.png").is_file()
 
 
-def test_prompts_show_training_rows_of_every_class_alone(server: ChatServer, augment: Augment, tables: Path) -> None:
+def test_prompts_show_training_rows_of_every_class_alone(
+    server: ChatServer, augment: Augment, tables: Path
+) -> None:
     augment("sst", "--equalise", "--shots=2", url=server.url)
     train = {(row["sentence"], row["sentiment"]) for row in read(tables / "ids-sst-train.csv")}
-    shown = [[tuple(line.split("\t")) for line in call.prompt.split("\n") if "\t" in line] for call in server.calls]
+    shown = [
+        [tuple(line.split("\t")) for line in call.prompt.split("\n") if "\t" in line] for call in server.calls
+    ]
     for lines in shown:
         *examples, rewritten = lines
         assert {label for _, label in examples} == set("01234")
@@ -121,7 +128,7 @@ def test_a_rate_limit_holds_back_all_requests(server: ChatServer, augment: Augme
 
     server.behaviour = behaviour
     assert augment("sst", "--equalise", "--structured=always", "--concurrency=2", url=server.url) == 0
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     assert sum(gap > 0.3 for gap in gaps) == 1, "one pause for all"
     assert len(times) == WANTED + 1
 
@@ -129,7 +136,9 @@ def test_a_rate_limit_holds_back_all_requests(server: ChatServer, augment: Augme
 def test_a_server_without_structured_output_is_asked_for_it_once(
     server: ChatServer, augment: Augment, tmp_path: Path
 ) -> None:
-    server.behaviour = lambda call: Send(status=400, message="response_format is unknown") if call.structured else None
+    server.behaviour = lambda call: (
+        Send(status=400, message="response_format is unknown") if call.structured else None
+    )
     assert augment("sst", "--equalise", url=server.url) == 0
     assert [call.structured for call in server.calls] == [True] + [False] * WANTED
     assert record(tmp_path)["structured_output"] is False
@@ -137,7 +146,9 @@ def test_a_server_without_structured_output_is_asked_for_it_once(
     assert sum(call.structured for call in server.calls) == 1, "remembered beside the answers"
 
 
-def test_bad_answers_are_counted_asked_again_and_missed(server: ChatServer, augment: Augment, tmp_path: Path) -> None:
+def test_bad_answers_are_counted_asked_again_and_missed(
+    server: ChatServer, augment: Augment, tmp_path: Path
+) -> None:
     """What the model does to a row depends on the row's year alone, so that it does it again and again."""
     tries: Counter[str] = Counter()
 
@@ -178,14 +189,18 @@ def test_bad_answers_are_counted_asked_again_and_missed(server: ChatServer, augm
     assert not {sentence(104), sentence(2)} & {row["sentence"] for row in read(tmp_path / "new.csv")}
 
 
-def test_duplicates_among_new_rows_are_asked_for_anew(server: ChatServer, augment: Augment, tmp_path: Path) -> None:
+def test_duplicates_among_new_rows_are_asked_for_anew(
+    server: ChatServer, augment: Augment, tmp_path: Path
+) -> None:
     first: set[str] = set()
 
     def behaviour(call: Call) -> str | None:
         with server.lock:
             if len(first) < 5:
                 first.add(call.cells[0])
-                return answer(call, texts=["In year 1950 , all of them were told the very same story again ."])
+                return answer(
+                    call, texts=["In year 1950 , all of them were told the very same story again ."]
+                )
         return None
 
     server.behaviour = behaviour
@@ -194,7 +209,9 @@ def test_duplicates_among_new_rows_are_asked_for_anew(server: ChatServer, augmen
     assert len({row["sentence"] for row in read(tmp_path / "new.csv")}) == WANTED
 
 
-def test_pairs_keep_what_they_should(server: ChatServer, augment: Augment, tables: Path, tmp_path: Path) -> None:
+def test_pairs_keep_what_they_should(
+    server: ChatServer, augment: Augment, tables: Path, tmp_path: Path
+) -> None:
     assert augment("sts", "--equalise", "--rewrite=one", "--structured=never", url=server.url) == 0
     train = {row["id"]: row for row in read(tables / "sts-train.csv")}
     rows = read(tmp_path / "new.csv")
@@ -208,7 +225,9 @@ def test_pairs_keep_what_they_should(server: ChatServer, augment: Augment, table
     assert not any(row[c] == train[row["source"]][c] for row in rows for c in ("sentence1", "sentence2"))
 
 
-def test_cleaning_keeps_rows_ids_and_labels(server: ChatServer, augment: Augment, tables: Path, tmp_path: Path) -> None:
+def test_cleaning_keeps_rows_ids_and_labels(
+    server: ChatServer, augment: Augment, tables: Path, tmp_path: Path
+) -> None:
     def behaviour(call: Call) -> str | None:
         year = int(call.cells[0].split()[2])
         if year % 3 == 0:
@@ -218,7 +237,9 @@ def test_cleaning_keeps_rows_ids_and_labels(server: ChatServer, augment: Augment
     server.behaviour = behaviour
     assert augment("sst", "--clean", "--attempts=1", url=server.url) == 0
     before, after = read(tables / "ids-sst-train.csv"), read(tmp_path / "new.csv")
-    assert [(row["id"], row["sentiment"]) for row in after] == [(row["id"], row["sentiment"]) for row in before]
+    assert [(row["id"], row["sentiment"]) for row in after] == [
+        (row["id"], row["sentiment"]) for row in before
+    ]
     for old, new in zip(before, after, strict=True):
         repaired = int(old["sentence"].split()[2]) % 3 == 2
         text = old["sentence"].replace(" n't", "n't").replace(" .", ".").replace(" ,", ",")
@@ -229,7 +250,11 @@ def test_cleaning_keeps_rows_ids_and_labels(server: ChatServer, augment: Augment
 
 
 def test_the_key_is_sent_and_seen_nowhere(
-    server: ChatServer, augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: ChatServer,
+    augment: Augment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     augment("sst", "--equalise", "--limit=2", url=server.url)
     assert server.calls[0].headers["authorization"] == "Bearer none"
@@ -251,7 +276,9 @@ def test_a_server_that_is_of_no_use_ends_the_job_with_what_is_kept(
 ) -> None:
     server.behaviour = lambda call: Send(status=500) if call.number >= 10 else None
     options = ("--equalise", "--retries=1", "--concurrency=2", "--structured=always")
-    with pytest.raises(ServerError, match=r"after 2 tries, for 3 requests in a row; 10 answers are kept in .*jsonl"):
+    with pytest.raises(
+        ServerError, match=r"after 2 tries, for 3 requests in a row; 10 answers are kept in .*jsonl"
+    ):
         augment("sst", *options, url=server.url)
     assert not (tmp_path / "new.csv").exists()
     server.behaviour = None
@@ -267,7 +294,9 @@ def test_a_server_that_is_of_no_use_ends_the_job_with_what_is_kept(
         augment("sst", "--equalise", "--overwrite", "--seed=5", url=server.url)
 
 
-def test_one_request_that_fails_for_good_is_a_missing_row(server: ChatServer, augment: Augment, tmp_path: Path) -> None:
+def test_one_request_that_fails_for_good_is_a_missing_row(
+    server: ChatServer, augment: Augment, tmp_path: Path
+) -> None:
     poor: set[str] = set()
 
     def behaviour(call: Call) -> Send | None:

@@ -19,7 +19,15 @@ DEV = "A lovely film with lovely performances by two great actors in their prime
 
 def table(task: str, split: str, texts: list[tuple[str, ...]], labels: list[float]) -> Table:
     dtype = get_task(task).layout.labels.dtype
-    return Table(task, split, Path(f"{split}.csv"), [f"{split}{n}" for n in range(len(texts))], texts, np.array(labels, dtype), [])
+    return Table(
+        task,
+        split,
+        Path(f"{split}.csv"),
+        [f"{split}{n}" for n in range(len(texts))],
+        texts,
+        np.array(labels, dtype),
+        [],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +35,29 @@ def language() -> v.Language:
     return v.load_language()
 
 
-def validator(language: v.Language | None = None, *, repairs: bool = False, compare: v.Compare = "letters") -> v.Validator:
-    train = table("sst", "train", [(ORIGINAL,), ("Another row of the table .",), ("Le film est un grand bonheur pour toute la famille .",)], [3, 1, 4])
+def validator(
+    language: v.Language | None = None, *, repairs: bool = False, compare: v.Compare = "letters"
+) -> v.Validator:
+    train = table(
+        "sst",
+        "train",
+        [
+            (ORIGINAL,),
+            ("Another row of the table .",),
+            ("Le film est un grand bonheur pour toute la famille .",),
+        ],
+        [3, 1, 4],
+    )
     held_out = HeldOut({"train": train, "dev": table("sst", "dev", [(DEV,), ("Hm .",)], [3, 1])})
-    return v.Validator(get_task("sst"), train, held_out, bounds=v.Bounds(), compare=compare, language=language, repairs=repairs)
+    return v.Validator(
+        get_task("sst"),
+        train,
+        held_out,
+        bounds=v.Bounds(),
+        compare=compare,
+        language=language,
+        repairs=repairs,
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,8 +77,16 @@ def validator(language: v.Language | None = None, *, repairs: bool = False, comp
         ("", None, EMPTY),
         ("A lovely film, with lovely performances by two great actors in their prime!", None, v.LEAK),
         ("A lovely film with lovely performances by two great stars in their prime .", None, v.NEAR_LEAK),
-        ("El drama no aburre nunca y su final tranquilo se queda contigo durante muchos días .", None, v.LANGUAGE),
-        ("Das Drama ist nie langweilig und sein leises Ende bleibt einem noch lange im Kopf .", None, v.LANGUAGE),
+        (
+            "El drama no aburre nunca y su final tranquilo se queda contigo durante muchos días .",
+            None,
+            v.LANGUAGE,
+        ),
+        (
+            "Das Drama ist nie langweilig und sein leises Ende bleibt einem noch lange im Kopf .",
+            None,
+            v.LANGUAGE,
+        ),
     ],
 )
 def test_sentences(language: v.Language, text: str, label: float | None, reason: str | None) -> None:
@@ -79,16 +114,22 @@ def test_repairs_keep_the_words() -> None:
     checked.accept(0, Answer(("The film isn't slow, and its quiet ending stays with you for days.",), 3))
     checked.accept(0, Answer((ORIGINAL,), 3))
     with pytest.raises(RejectedError, match=v.ELSE):
-        checked.accept(0, Answer(("The picture never drags , and you keep its soft ending in mind for days .",), 3))
+        checked.accept(
+            0, Answer(("The picture never drags , and you keep its soft ending in mind for days .",), 3)
+        )
 
 
 def test_pairs() -> None:
     pairs = [("A man eats a big red apple .", "A man is eating fruit ."), ("A dog runs .", "A cat sleeps .")]
     train = table("sts", "train", pairs, [4.0, 0.5])
-    dev = table("sts", "dev", [("A boy peels an orange by the blue sea in May .", "A child has fruit .")], [3.0])
+    dev = table(
+        "sts", "dev", [("A boy peels an orange by the blue sea in May .", "A child has fruit .")], [3.0]
+    )
     held_out = HeldOut({"train": train, "dev": dev})
 
-    def check(*texts: str, label: float | None = None, kept: int | None = None, compare: v.Compare = "letters") -> None:
+    def check(
+        *texts: str, label: float | None = None, kept: int | None = None, compare: v.Compare = "letters"
+    ) -> None:
         v.Validator(get_task("sts"), train, held_out, bounds=v.Bounds(), compare=compare).accept(
             0, Answer(texts, label), kept=kept
         )

@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-SYNONYMS = {"film": "picture", "movie": "feature", "good": "fine", "bad": "poor", "great": "superb", "funny": "amusing"}
+SYNONYMS = {
+    "film": "picture",
+    "movie": "feature",
+    "good": "fine",
+    "bad": "poor",
+    "great": "superb",
+    "funny": "amusing",
+}
 
 
 @dataclass
@@ -76,7 +83,10 @@ def answer(call: Call, texts: list[str] | None = None, label: str | None = None)
     *given, stated = call.cells
     seed = int(call.body.get("seed") or 0)
     if texts is None and "Repair such damage" in call.prompt:
-        texts = [text.replace(" n't", "n't").replace(" .", ".").replace(" ,", ",").replace("-LRB-", "(") for text in given]
+        texts = [
+            text.replace(" n't", "n't").replace(" .", ".").replace(" ,", ",").replace("-LRB-", "(")
+            for text in given
+        ]
     if texts is None:
         keep = re.search(r"Rewrite (\w+) alone", call.prompt)
         columns = ["sentence"] if len(given) == 1 else ["sentence1", "sentence2"]
@@ -111,7 +121,13 @@ class ChatServer:
                 pass
 
             def do_GET(self) -> None:
-                self._json(200, {"object": "list", "data": [{"id": "fake-model", "object": "model", "created": 1, "owned_by": "t"}]})
+                self._json(
+                    200,
+                    {
+                        "object": "list",
+                        "data": [{"id": "fake-model", "object": "model", "created": 1, "owned_by": "t"}],
+                    },
+                )
 
             def do_POST(self) -> None:
                 data = self.rfile.read(int(self.headers["content-length"]))
@@ -129,7 +145,9 @@ class ChatServer:
                     outer.most_at_once = max(outer.most_at_once, outer.at_once)
                 try:
                     found = outer.behaviour(call) if outer.behaviour else None
-                    send = found if isinstance(found, Send) else Send(answer(call) if found is None else found)
+                    send = (
+                        found if isinstance(found, Send) else Send(answer(call) if found is None else found)
+                    )
                     time.sleep(send.wait)
                 finally:
                     with outer.lock:
@@ -186,7 +204,13 @@ class ChatServer:
 
             def _chunk(self, delta: dict[str, str], finish: str | None) -> bytes:
                 choice = {"index": 0, "delta": delta, "finish_reason": finish}
-                chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "fake-model", "choices": [choice]}
+                chunk = {
+                    "id": "1",
+                    "object": "chat.completion.chunk",
+                    "created": 1,
+                    "model": "fake-model",
+                    "choices": [choice],
+                }
                 return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
             def _hang_up(self) -> None:
@@ -194,7 +218,9 @@ class ChatServer:
                 self.close_connection = True
                 self.connection.close()
 
-            def _json(self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+            def _json(
+                self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None
+            ) -> None:
                 body = json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
@@ -216,7 +242,9 @@ class ChatServer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ChatServer]:
-        thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         thread.start()
         try:
             yield self

@@ -33,10 +33,18 @@ def added_labels(task: Task, before: Mapping[str, Any], added: Mapping[str, Any]
             panel.bar(places, more, width, bottom=own, color=ORANGE, label=f"added ({int(more.sum()):,})")
         for place, count in zip(places, own + more, strict=True):
             panel.annotate(
-                f"{int(count):,}", (place, count), ha="center", va="bottom", size=7, xytext=(0, 1), textcoords="offset points"
+                f"{int(count):,}",
+                (place, count),
+                ha="center",
+                va="bottom",
+                size=7,
+                xytext=(0, 1),
+                textcoords="offset points",
             )
         panel.set_ylim(0, max(top, 1))
         if task.kind != "similarity":
-            panel.set_xticks(range(task.classes), [text.replace(" ", "\n") for text in class_names(task)], size=8)
+            panel.set_xticks(
+                range(task.classes), [text.replace(" ", "\n") for text in class_names(task)], size=8
+            )
         legend(panel, loc="upper left", ncols=2)
     return figure
