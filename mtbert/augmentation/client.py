@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,7 @@ class ChatClient:
         self.traffic = Traffic()
         self._fresh: set[str] = set()
         """The keys of answers that the server gave this time."""
+        self._told: set[str] = set()
         self._schema = {"always": True, "never": False}.get(config.structured)
         self._not_before = 0.0
         self._failures = 0
@@ -207,6 +209,7 @@ class ChatClient:
                 if tries > self._config.retries:
                     return self._given_up(error, tries)
                 self.traffic.retries += 1
+                self._tell(error)
                 await asyncio.sleep(backoff(self._config.backoff, tries) if wait is None else wait)
 
     def _judge(self, error: Exception) -> float | Refusal | None:
@@ -259,6 +262,13 @@ class ChatClient:
                 f"{self._where}: {detail}, for {self._failures} requests in a row; {self._kept}"
             )
         return Refusal(NO_ANSWER, detail)
+
+    def _tell(self, error: Exception) -> None:
+        """Say once for each kind of failure that requests are sent again, so that nobody watches a bar that stands."""
+        kind = f"{type(error).__name__} {getattr(error, 'status_code', '')}"
+        if kind not in self._told:
+            self._told.add(kind)
+            tqdm.write(f"warning: {self._where}: {self._said(error)}; trying again", file=sys.stderr)
 
     async def _wait_for_the_limit(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:

@@ -109,13 +109,19 @@ def every(number: int, what: Send, *, once: bool = True) -> Behaviour:
     ids=["500", "503", "429", "half", "dropped", "slow"],
 )
 def test_trouble_is_met_by_asking_again(
-    server: ChatServer, augment: Augment, tmp_path: Path, trouble: Send, stream: list[str]
+    server: ChatServer,
+    augment: Augment,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trouble: Send,
+    stream: list[str],
 ) -> None:
     server.behaviour = every(5, trouble)
     timeout = ["--timeout=0.3"] if trouble.wait else []
     assert augment("sst", "--equalise", "--structured=always", *stream, *timeout, url=server.url) == 0
     assert len(read(tmp_path / "new.csv")) == WANTED
     assert len(server.calls) == WANTED + server.repeated
+    assert capsys.readouterr().err.count("trying again") == 1, "said once"
     assert 3 <= server.repeated == record(tmp_path)["requests"]["retries"] <= 9
 
 
