@@ -137,28 +137,33 @@ class ChatClient:
                     if self._cached(request.structured, request.attempt) is None:
                         await self._find_out(request)
                         break
-            gate = asyncio.Semaphore(self._config.concurrency)
+            replies: list[Reply | Refusal | None] = [None] * len(requests)
+            waiting = iter(enumerate(requests))
 
-            async def one(request: Request) -> Reply | Refusal:
-                body = request.free if self._schema is False else request.structured
-                found = self._cached(body, request.attempt)
-                if found is not None:
-                    self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
-                else:
-                    async with gate:
-                        found = await self._ask_server(body, request.attempt)
-                bar.update()
-                return found
+            async def work() -> None:
+                for place, request in waiting:
+                    replies[place] = await self._answer(request)
+                    bar.update()
 
-            tasks = [asyncio.ensure_future(one(request)) for request in requests]
+            workers = [asyncio.ensure_future(work()) for _ in range(self._config.concurrency)]
             try:
-                return list(await asyncio.gather(*tasks))
+                await asyncio.gather(*workers)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return [reply for reply in replies if reply is not None]
 
-    def _cached(self, body: Mapping[str, Any], attempt: int) -> Reply | Refusal | None:
+    async def _answer(self, request: Request) -> Reply | Refusal:
+        """From the cache, else from the server."""
+        body = request.free if self._schema is False else request.structured
+        found = self._cached(body, request.attempt)
+        if found is None:
+            return await self._ask_server(body, request.attempt)
+        self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
+        return found
+
+    def _cached(self, body: Mapping[str, Any], attempt: int) -> Reply | None:
         stored = self._cache.get(_key(body, attempt))
         return None if stored is None else Reply(**stored)
 
