@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mtbert.data.tables import TableLayout
@@ -31,7 +32,10 @@ class RejectedError(Exception):
     """Why an answer is not used: one of a few reasons, which are counted."""
 
 
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+MOST_CHARACTERS = 100_000
+MOST_BRACES = 50
+"""So many places are tried for the beginning of a JSON object."""
+_THOUGHT_ENDS = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _FENCE = re.compile(r"^```[a-z]*\s*|\s*```$", re.IGNORECASE)
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _LABEL = re.compile(
@@ -71,9 +75,9 @@ _BULLET = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)")
 
 def read_answer(text: str, layout: TableLayout) -> Answer:
     """The row in an answer. Raises RejectedError with the reason where there is none."""
-    text = _THOUGHT.sub("", text)
-    if "</think>" in text:  # the template of some servers swallows the tag that opens
-        text = text.rpartition("</think>")[2]
+    text = _THOUGHT_ENDS.split(text)[-1]  # the template of some servers swallows the tag that opens
+    if len(text) > MOST_CHARACTERS or text.lstrip().lower().startswith("<think"):
+        raise RejectedError(UNREADABLE)
     text = _FENCE.sub("", text.strip()).strip()
     if not text:
         raise RejectedError(EMPTY)
@@ -90,11 +94,13 @@ def read_answer(text: str, layout: TableLayout) -> Answer:
 def _json_object(text: str) -> dict[str, Any] | None:
     """The first JSON object in the text."""
     decoder = json.JSONDecoder()
-    for match in re.finditer(r"\{", text):
+    for match in islice(re.finditer(r"\{", text), MOST_BRACES):
         try:
             value, _ = decoder.raw_decode(text, match.start())
         except ValueError:
             continue
+        except RecursionError:
+            return None
         return value if isinstance(value, dict) else None
     return None
 
@@ -116,7 +122,10 @@ def _from_json(values: dict[str, Any], layout: TableLayout) -> Answer:
         raise RejectedError(EMPTY)
     if _DECLINED.match(texts[0]):
         raise RejectedError(DECLINED)
-    return Answer(tuple(texts), float(label) if isinstance(label, (int, float)) else None)
+    try:
+        return Answer(tuple(texts), float(label) if isinstance(label, (int, float)) else None)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise RejectedError(UNREADABLE) from None
 
 
 def _from_text(text: str, layout: TableLayout) -> Answer:

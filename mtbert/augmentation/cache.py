@@ -29,7 +29,7 @@ _STARTS = (b'{"key": ', b'{"note": ')
 
 def request_key(request: Mapping[str, Any]) -> str:
     """The sha256 of a request: of all that its answer depends on."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class AnswerCache:
@@ -98,7 +98,7 @@ class AnswerCache:
                 self._file.close()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(entry).encode() + b"\n"  # ASCII: an answer may hold halves of characters
         try:
             size = self._file.seek(0, os.SEEK_END)
             try:

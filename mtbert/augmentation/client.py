@@ -282,10 +282,13 @@ class ChatClient:
     async def _send(self, body: Mapping[str, Any]) -> Reply:
         fields = dict(body)
         extra = fields.pop("extra_body", None)
-        answer = await self._client.chat.completions.create(
-            **fields, **({"extra_body": dict(extra)} if extra else {}), stream=self._config.stream
-        )
-        return await _streamed(answer) if self._config.stream else _whole(answer)
+        try:
+            answer = await self._client.chat.completions.create(
+                **fields, **({"extra_body": dict(extra)} if extra else {}), stream=self._config.stream
+            )
+            return await _streamed(answer) if self._config.stream else _whole(answer)
+        except (AttributeError, LookupError, TypeError):  # the client does not check what a server sends
+            raise ValueError("it is no chat completion") from None
 
     async def _models(self) -> list[str]:
         return [model.id async for model in self._client.models.list()]
@@ -307,7 +310,7 @@ class ChatClient:
             cause = " ".join(str(error.__cause__ or "").split())
             text = f"no connection ({cause})" if cause else "no connection"
         elif isinstance(error, ValueError):
-            text = f"an answer that is no complete JSON ({text})"
+            text = f"an answer that is not complete ({text})"
         if self._key != NO_KEY:
             text = text.replace(self._key, f"[{KEY}]")
         return text if len(text) <= 300 else text[:297] + "..."
@@ -334,34 +337,36 @@ def _key(body: Mapping[str, Any], attempt: int) -> str:
 
 
 def _whole(answer: Any) -> Reply:
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise ValueError("no choices in it")
-    usage = getattr(answer, "usage", None)
-    return Reply(
-        choices[0].message.content or "",
-        choices[0].finish_reason,
-        answer.model,
-        getattr(usage, "prompt_tokens", None),
-        getattr(usage, "completion_tokens", None),
+    choice = answer.choices[0]
+    return _reply(
+        choice.message.content or "", choice.finish_reason, answer.model, getattr(answer, "usage", None)
     )
 
 
 async def _streamed(stream: Any) -> Reply:
     parts: list[str] = []
     finish, model, usage = None, None, None
-    async for chunk in stream:
-        model = chunk.model or model
-        usage = getattr(chunk, "usage", None) or usage
-        if chunk.choices:
-            parts.append(chunk.choices[0].delta.content or "")
-            finish = chunk.choices[0].finish_reason or finish
+    async with stream:
+        async for chunk in stream:
+            model = chunk.model or model
+            usage = getattr(chunk, "usage", None) or usage
+            if chunk.choices:
+                parts.append(chunk.choices[0].delta.content or "")
+                finish = chunk.choices[0].finish_reason or finish
     if finish is None:
         raise ValueError("the stream ends before the answer does")
+    return _reply("".join(parts), finish, model, usage)
+
+
+def _reply(text: Any, finish: Any, model: Any, usage: Any) -> Reply:
+    """Whatever a server sends may be of any type."""
+    if not isinstance(text, str):
+        raise TypeError
+    read, written = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(
-        "".join(parts),
-        finish,
-        model,
-        getattr(usage, "prompt_tokens", None),
-        getattr(usage, "completion_tokens", None),
+        text,
+        finish if isinstance(finish, str) else None,
+        model if isinstance(model, str) else None,
+        read if isinstance(read, int) else None,
+        written if isinstance(written, int) else None,
     )

@@ -104,7 +104,7 @@ def every(number: int, what: Send, *, once: bool = True) -> Behaviour:
         Send(status=429, headers={"retry-after": "0.05"}),
         Send(text="half an answer", half=True),
         Send(text="dropped on its way to you", drop=True),
-        Send(text="late", wait=0.6),
+        Send(text="late", wait=1.2),
     ],
     ids=["500", "503", "429", "half", "dropped", "slow"],
 )
@@ -117,12 +117,34 @@ def test_trouble_is_met_by_asking_again(
     stream: list[str],
 ) -> None:
     server.behaviour = every(5, trouble)
-    timeout = ["--timeout=0.3"] if trouble.wait else []
+    timeout = ["--timeout=0.6", "--concurrency=6"] if trouble.wait else []
     assert augment("sst", "--equalise", "--structured=always", *stream, *timeout, url=server.url) == 0
     assert len(read(tmp_path / "new.csv")) == WANTED
     assert len(server.calls) == WANTED + server.repeated
     assert capsys.readouterr().err.count("trying again") == 1, "said once"
-    assert 3 <= server.repeated == record(tmp_path)["requests"]["retries"] <= 9
+    assert 3 <= server.repeated == record(tmp_path)["requests"]["retries"]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_a_server_may_send_anything(server: ChatServer, augment: Augment, stream: list[str]) -> None:
+    bodies = [
+        "", "null", "7", "[]", "{}", '"text"', "<html>", '{"choices": []}', '{"choices": [7]}', '{"choices": [{}]}',
+        '{"choices": [{"message": {"content": ["a"]}, "delta": {"content": ["a"]}, "finish_reason": "stop"}]}',
+        '{"choices": [{"message": {"content": {"a": 1}}, "delta": {"content": 7}, "finish_reason": "stop"}]}',
+        '{"choices": {"a": 1}, "usage": 3}', '{"error": {"message": "no"}}', '{"error": 3}',
+    ]  # fmt: skip
+    server.behaviour = lambda call: Send(raw=bodies[call.number]) if call.number < len(bodies) else None
+    options = ("--structured=always", "--concurrency=4", "--retries=20", "--backoff=0.001")
+    assert augment("sst", "--equalise", *options, *stream, url=server.url) == 0
+    assert len(server.calls) == WANTED + len(bodies)
+
+
+def test_halves_of_characters_are_no_text(server: ChatServer, augment: Augment, tmp_path: Path) -> None:
+    server.behaviour = lambda call: (
+        answer(call, texts=[call.cells[0] + " \ud800 so there"]) if call.number < 3 else None
+    )
+    assert augment("sst", "--equalise", url=server.url) == 0
+    assert record(tmp_path)["answers_not_used"] == {"control characters or several lines": 3}
 
 
 def test_a_rate_limit_holds_back_all_requests(server: ChatServer, augment: Augment) -> None:
