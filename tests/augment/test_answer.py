@@ -69,9 +69,9 @@ def test_a_pair(text: str, label: float | None) -> None:
 
 
 PIECES = [
-    "{", "}", '"', "'", ":", "\\n", "\n", "\t", "sentence", "sentence1", "sentence2", "label", "Score: 3", "0",
-    "1e999", "[", "]", "<think>", "</think>", "```", "**", "Here is", "It is slow.", "-", "1.", "\ud800", " ", ",", "null", "NaN",
-    "9" * 400,
+    "{", "}", '"', "'", ":", "\\n", "\n", "\t", "sentence", "sentence1", "sentence2", "label", "Score: 3",
+    "0", "1e999", "[", "]", "<think>", "</think>", "```", "**", "Here is", "It is slow.", "-", "1.",
+    "\ud800", " ", ",", "null", "NaN", "9" * 400,
 ]  # fmt: skip
 
 
