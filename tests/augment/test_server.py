@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,7 @@ def record(tmp_path: Path) -> dict:
 def test_classes_become_even(
     server: ChatServer, augment: Augment, tables: Path, tmp_path: Path, stream: list[str], structured: str
 ) -> None:
+    server.behaviour = lambda call: Send(answer(call), wait=0.02)
     assert augment("sst", "--equalise", f"--structured={structured}", *stream, url=server.url) == 0
     rows = read(tmp_path / "new.csv")
     assert Counter(row["sentiment"] for row in rows) == {"1": 6, "2": 9, "3": 4, "4": 8}
@@ -122,7 +122,7 @@ def test_trouble_is_met_by_asking_again(
     assert len(read(tmp_path / "new.csv")) == WANTED
     assert len(server.calls) == WANTED + server.repeated
     assert capsys.readouterr().err.count("trying again") == 1, "said once"
-    assert 3 <= server.repeated == record(tmp_path)["requests"]["retries"]
+    assert 3 <= server.repeated <= record(tmp_path)["requests"]["retries"]
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
@@ -156,8 +156,7 @@ def test_a_rate_limit_holds_back_all_requests(server: ChatServer, augment: Augme
 
     server.behaviour = behaviour
     assert augment("sst", "--equalise", "--structured=always", "--concurrency=2", url=server.url) == 0
-    gaps = [b - a for a, b in pairwise(times)]
-    assert sum(gap > 0.3 for gap in gaps) == 1, "one pause for all"
+    assert times[6] - times[4] > 0.35, "one other may have been under way"
     assert len(times) == WANTED + 1
 
 
