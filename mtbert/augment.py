@@ -1,4 +1,4 @@
-"""`python -m mtbert.augment TASK --data DIR --output FILE.csv`: more training rows, by a language model or without one."""
+"""`python -m mtbert.augment TASK --data DIR --output FILE.csv`: more training rows, by a language model or without."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
             print(f"\nThe first request:\n\n{message['content']}")
         return
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             made = run_job(job, prepared)
         except KeyboardInterrupt:
@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         description="More training rows for a task: paraphrases by a language model behind any OpenAI-compatible server"
         " (vLLM, llama.cpp, Ollama, ...), or simple changes without one. Dev and test are never rewritten, never shown"
         " to the model, and no new row repeats them. Training reads the result with --extra-data TASK=FILE.",
-        epilog=f"The key, where the server needs one, is read from the environment variable OPENAI_API_KEY. Exit code: 0,"
-        f" or {MISSING} when the table has fewer rows than asked for, 2 for an error, 130 when interrupted. A killed job"
+        epilog="The key, where the server needs one, is read from the environment, OPENAI_API_KEY. Exit code: 0;"
+        f" {MISSING} when the table has fewer rows than asked for; 2 for an error; 130 when interrupted. A killed job"
         " goes on with the same command: answers are kept. --debug shows the traceback of an error.",
     )
     parser.add_argument("task", metavar="TASK", help=f"the task: {', '.join(TASKS)}, or one of --plugins")
@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backoff",
         type=float,
         metavar="SECONDS",
-        help="wait before the first of them; doubled each time, with a spread; what the server asks for comes first (1)",
+        help="wait before the first of them; doubled each time, with a spread; what a server asks for comes first (1)",
     )
     server.add_argument(
         "--structured",

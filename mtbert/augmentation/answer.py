@@ -1,4 +1,4 @@
-"""From what a language model writes to the texts of a row: JSON where it gives it, else free text without its trimmings.
+"""From what a language model writes to the texts of a row: JSON where it gives it, else text without its trimmings.
 
 A free answer may carry a preamble, quotes, the label and notes, as in the example of Peng, Yuan and Wang 2024,
 appendix A.4: `Here is a paraphrased version ...: "..." Sentiment score: 3 (somewhat positive)`.
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mtbert.data.tables import TableLayout
@@ -31,7 +32,10 @@ class RejectedError(Exception):
     """Why an answer is not used: one of a few reasons, which are counted."""
 
 
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+MOST_CHARACTERS = 100_000
+MOST_BRACES = 50
+"""So many places are tried for the beginning of a JSON object."""
+_THOUGHT_ENDS = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _FENCE = re.compile(r"^```[a-z]*\s*|\s*```$", re.IGNORECASE)
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _LABEL = re.compile(
@@ -40,31 +44,40 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _LABEL_BEHIND = re.compile(rf"(?:\t\s*|\s{{2,}})({_NUMBER})\s*$")
+# What a model calls its sentence; a sentence that merely has a colon must stay whole.
+_NAME = (
+    r"(?:paraphrased?|rewritten|rephrased|repaired|corrected|revised|new|output|answer|response|result|sentence|review"
+    r"|version|line|text)"
+)
 _OPENING = re.compile(
-    r"^[*_\s]*(?:sure|certainly|of course|okay|ok|absolutely|here(?:'s| is| are)|below is|paraphrased?|paraphrase of|"
-    r"rewritten|rephrased|repaired|corrected|revised|new|output|answer|response|result|sentence|review|line|text)\b"
-    r"[^:\n]{0,120}:[*_\s]*",
+    rf"^[*_\s]*(?:(?:the\s+|my\s+)?{_NAME}(?:\s+{_NAME}){{0,2}}"
+    r"|(?:sure|certainly|of course|okay|ok|absolutely|here(?:'s| is| are)|below is)\b"
+    rf"[^:\n]{{0,120}}?\b{_NAME}\b[^:\n]{{0,80}})[*_\s]*:[*_\s]*",
     re.IGNORECASE,
 )
 _NOTE = re.compile(
-    r"^[*_(\[\s]*(?:note\b|explanation\b|changes?\b[^.]*:|this (?:paraphrase|version|sentence|rewrite)\b|i (?:have|'ve|kept|made|changed|"
-    r"tried|replaced)\b|let me know\b|both (?:versions|sentences)\b|the (?:paraphrase|sentiment|meaning|label|original)\b.*"
-    r"\b(?:same|remains|kept|preserved|unchanged)\b|hope this\b|original\b[^:\n]{0,30}:)",
+    r"^[*_(\[\s]*(?:note\b|explanation\b|changes?\b[^.]*:|this (?:paraphrase|version|sentence|rewrite)\b"
+    r"|i (?:have|'ve|kept|made|changed|tried|replaced)\b|let me know\b|both (?:versions|sentences)\b"
+    r"|the (?:paraphrase|sentiment|meaning|label|original)\b.*\b(?:same|remains|kept|preserved|unchanged)\b"
+    r"|hope this\b|original\b[^:\n]{0,30}:)",
     re.IGNORECASE,
 )
 _DECLINED = re.compile(
-    r"^(?:i(?:'m| am) (?:sorry|unable|not able)|sorry,? (?:but )?i|i (?:can(?:no|')t|won't|will not) |as an ai\b|i apologi[sz]e)",
+    r"^(?:(?:i(?:'m| am) sorry|sorry|i apologi[sz]e)[,.]?\s*(?:but\s+)?"
+    r"(?:as an ai|i(?:\s+can|\s+won't|\s+will not|(?:'m|\s+am)\s+(?:not able|unable)))"
+    r"|as an ai\b|i(?:'m| am) (?:unable|not able) to\b|i (?:can't|cannot|won't|will not) (?:help|assist|do that"
+    r"|provide|comply|fulfill?|paraphrase|rewrite|rephrase|generate|create)\b)",
     re.IGNORECASE,
 )
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "`": "`"}
+_QUOTES = {'"': '"', "'": "'", "“": "”", "\u2018": "\u2019", "«": "»", "„": "“", "`": "`"}
 _BULLET = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)")
 
 
 def read_answer(text: str, layout: TableLayout) -> Answer:
     """The row in an answer. Raises RejectedError with the reason where there is none."""
-    text = _THOUGHT.sub("", text)
-    if "</think>" in text:  # the template of some servers swallows the tag that opens
-        text = text.rpartition("</think>")[2]
+    text = _THOUGHT_ENDS.split(text)[-1]  # the template of some servers swallows the tag that opens
+    if len(text) > MOST_CHARACTERS or text.lstrip().lower().startswith("<think"):
+        raise RejectedError(UNREADABLE)
     text = _FENCE.sub("", text.strip()).strip()
     if not text:
         raise RejectedError(EMPTY)
@@ -81,11 +94,13 @@ def read_answer(text: str, layout: TableLayout) -> Answer:
 def _json_object(text: str) -> dict[str, Any] | None:
     """The first JSON object in the text."""
     decoder = json.JSONDecoder()
-    for match in re.finditer(r"\{", text):
+    for match in islice(re.finditer(r"\{", text), MOST_BRACES):
         try:
             value, _ = decoder.raw_decode(text, match.start())
         except ValueError:
             continue
+        except RecursionError:
+            return None
         return value if isinstance(value, dict) else None
     return None
 
@@ -107,7 +122,10 @@ def _from_json(values: dict[str, Any], layout: TableLayout) -> Answer:
         raise RejectedError(EMPTY)
     if _DECLINED.match(texts[0]):
         raise RejectedError(DECLINED)
-    return Answer(tuple(texts), float(label) if isinstance(label, (int, float)) else None)
+    try:
+        return Answer(tuple(texts), float(label) if isinstance(label, (int, float)) else None)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise RejectedError(UNREADABLE) from None
 
 
 def _from_text(text: str, layout: TableLayout) -> Answer:

@@ -24,14 +24,16 @@ except ImportError:  # Windows: two jobs with one cache are not noticed
 SYNC_SECONDS = 1.0
 """A killed process loses nothing; a machine without power loses what came in since the last flush to the disk."""
 
+_STARTS = (b'{"key": ', b'{"note": ')
+
 
 def request_key(request: Mapping[str, Any]) -> str:
     """The sha256 of a request: of all that its answer depends on."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class AnswerCache:
-    """A file of JSON lines, `{"key": ..., "answer": {...}}` each, and notes about the server, `{"note": ..., "value": ...}`.
+    """A file of JSON lines: answers, `{"key": ..., "answer": {...}}`, and notes, `{"note": ..., "value": ...}`.
 
     An incomplete last line, which a killed process or a full disk leaves, is cut off; another line that cannot be read
     is passed over with a warning, so that its request is sent again.
@@ -96,7 +98,7 @@ class AnswerCache:
                 self._file.close()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(entry).encode() + b"\n"  # ASCII: an answer may hold halves of characters
         try:
             size = self._file.seek(0, os.SEEK_END)
             try:
@@ -130,6 +132,10 @@ class AnswerCache:
     def _read(self) -> None:
         self._file.seek(0)
         data = self._file.readall()
+        if data and not any(start.startswith(data[: len(start)]) for start in _STARTS):
+            raise DataError(
+                f"{self.path}: holds no answer of this program; expected a file that --cache has made before"
+            )
         end = data.rfind(b"\n") + 1
         if end < len(data):
             warnings.warn(f"{self.path}: the last line is incomplete and is cut off", stacklevel=3)
@@ -148,7 +154,3 @@ class AnswerCache:
                     f"{self.path}, line {number}: is no answer of this program and is passed over",
                     stacklevel=3,
                 )
-        if data and not self._answers and not self._notes and data[:end].strip():
-            raise DataError(
-                f"{self.path}: holds no answer of this program; expected a file that --cache has made before"
-            )

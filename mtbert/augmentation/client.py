@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,7 @@ class ChatClient:
         self.traffic = Traffic()
         self._fresh: set[str] = set()
         """The keys of answers that the server gave this time."""
+        self._told: set[str] = set()
         self._schema = {"always": True, "never": False}.get(config.structured)
         self._not_before = 0.0
         self._failures = 0
@@ -135,28 +137,33 @@ class ChatClient:
                     if self._cached(request.structured, request.attempt) is None:
                         await self._find_out(request)
                         break
-            gate = asyncio.Semaphore(self._config.concurrency)
+            replies: list[Reply | Refusal | None] = [None] * len(requests)
+            waiting = iter(enumerate(requests))
 
-            async def one(request: Request) -> Reply | Refusal:
-                body = request.free if self._schema is False else request.structured
-                found = self._cached(body, request.attempt)
-                if found is not None:
-                    self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
-                else:
-                    async with gate:
-                        found = await self._ask_server(body, request.attempt)
-                bar.update()
-                return found
+            async def work() -> None:
+                for place, request in waiting:
+                    replies[place] = await self._answer(request)
+                    bar.update()
 
-            tasks = [asyncio.ensure_future(one(request)) for request in requests]
+            workers = [asyncio.ensure_future(work()) for _ in range(self._config.concurrency)]
             try:
-                return list(await asyncio.gather(*tasks))
+                await asyncio.gather(*workers)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return [reply for reply in replies if reply is not None]
 
-    def _cached(self, body: Mapping[str, Any], attempt: int) -> Reply | Refusal | None:
+    async def _answer(self, request: Request) -> Reply | Refusal:
+        """From the cache, else from the server."""
+        body = request.free if self._schema is False else request.structured
+        found = self._cached(body, request.attempt)
+        if found is None:
+            return await self._ask_server(body, request.attempt)
+        self.traffic.from_cache += _key(body, request.attempt) not in self._fresh
+        return found
+
+    def _cached(self, body: Mapping[str, Any], attempt: int) -> Reply | None:
         stored = self._cache.get(_key(body, attempt))
         return None if stored is None else Reply(**stored)
 
@@ -176,7 +183,7 @@ class ChatClient:
             self.traffic.models.add(reply.model)
 
     async def _find_out(self, request: Request) -> None:
-        """Whether the server takes a JSON schema: where it refuses one and takes the same request without, it does not."""
+        """Whether the server takes a JSON schema: where it takes the same request only without one, it does not."""
         found = await self._ask_server(request.structured, request.attempt)
         if isinstance(found, Refusal):
             if found.reason != REFUSED:
@@ -188,7 +195,7 @@ class ChatClient:
         self._cache.put_note(f"{_SCHEMA} of {request.free['model']}", self._schema)
 
     async def _with_retries(self, send: Any) -> Any:
-        """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through any more."""
+        """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through."""
         tries = 0
         while True:
             await self._wait_for_the_limit()
@@ -207,9 +214,10 @@ class ChatClient:
                 if tries > self._config.retries:
                     return self._given_up(error, tries)
                 self.traffic.retries += 1
+                self._tell(error)
                 await asyncio.sleep(backoff(self._config.backoff, tries) if wait is None else wait)
 
-    def _judge(self, error: Exception) -> float | None | Refusal:
+    def _judge(self, error: Exception) -> float | Refusal | None:
         """Seconds to wait as the server asks, None to wait as long as usual, a Refusal where it is no use to try again.
 
         Raises ServerError for what would fail for every request, and errors of this program as they are.
@@ -246,8 +254,8 @@ class ChatClient:
             raise ServerError(f"{self._where}: {self._said(error)}; the environment variable {KEY} {given}")
         if status == 404:
             raise ServerError(
-                f"{self._where}: {self._said(error)}; expected an address that ends before /chat/completions, and a model"
-                " that the server has"
+                f"{self._where}: {self._said(error)}; expected an address that ends before /chat/completions, and a"
+                " model that the server has"
             )
         return Refusal(REFUSED, self._said(error))
 
@@ -260,6 +268,13 @@ class ChatClient:
             )
         return Refusal(NO_ANSWER, detail)
 
+    def _tell(self, error: Exception) -> None:
+        """Say once for each kind of failure that requests are sent again, so that nobody watches a bar that stands."""
+        kind = f"{type(error).__name__} {getattr(error, 'status_code', '')}"
+        if kind not in self._told:
+            self._told.add(kind)
+            tqdm.write(f"warning: {self._where}: {self._said(error)}; trying again", file=sys.stderr)
+
     async def _wait_for_the_limit(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(wait)
@@ -267,10 +282,13 @@ class ChatClient:
     async def _send(self, body: Mapping[str, Any]) -> Reply:
         fields = dict(body)
         extra = fields.pop("extra_body", None)
-        answer = await self._client.chat.completions.create(
-            **fields, **({"extra_body": dict(extra)} if extra else {}), stream=self._config.stream
-        )
-        return await _streamed(answer) if self._config.stream else _whole(answer)
+        try:
+            answer = await self._client.chat.completions.create(
+                **fields, **({"extra_body": dict(extra)} if extra else {}), stream=self._config.stream
+            )
+            return await _streamed(answer) if self._config.stream else _whole(answer)
+        except (AttributeError, LookupError, TypeError):  # the client does not check what a server sends
+            raise ValueError("it is no chat completion") from None
 
     async def _models(self) -> list[str]:
         return [model.id async for model in self._client.models.list()]
@@ -292,7 +310,7 @@ class ChatClient:
             cause = " ".join(str(error.__cause__ or "").split())
             text = f"no connection ({cause})" if cause else "no connection"
         elif isinstance(error, ValueError):
-            text = f"an answer that is no complete JSON ({text})"
+            text = f"an answer that is not complete ({text})"
         if self._key != NO_KEY:
             text = text.replace(self._key, f"[{KEY}]")
         return text if len(text) <= 300 else text[:297] + "..."
@@ -319,34 +337,36 @@ def _key(body: Mapping[str, Any], attempt: int) -> str:
 
 
 def _whole(answer: Any) -> Reply:
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise ValueError("no choices in it")
-    usage = getattr(answer, "usage", None)
-    return Reply(
-        choices[0].message.content or "",
-        choices[0].finish_reason,
-        answer.model,
-        getattr(usage, "prompt_tokens", None),
-        getattr(usage, "completion_tokens", None),
+    choice = answer.choices[0]
+    return _reply(
+        choice.message.content or "", choice.finish_reason, answer.model, getattr(answer, "usage", None)
     )
 
 
 async def _streamed(stream: Any) -> Reply:
     parts: list[str] = []
     finish, model, usage = None, None, None
-    async for chunk in stream:
-        model = chunk.model or model
-        usage = getattr(chunk, "usage", None) or usage
-        if chunk.choices:
-            parts.append(chunk.choices[0].delta.content or "")
-            finish = chunk.choices[0].finish_reason or finish
+    async with stream:
+        async for chunk in stream:
+            model = chunk.model or model
+            usage = getattr(chunk, "usage", None) or usage
+            if chunk.choices:
+                parts.append(chunk.choices[0].delta.content or "")
+                finish = chunk.choices[0].finish_reason or finish
     if finish is None:
         raise ValueError("the stream ends before the answer does")
+    return _reply("".join(parts), finish, model, usage)
+
+
+def _reply(text: Any, finish: Any, model: Any, usage: Any) -> Reply:
+    """Whatever a server sends may be of any type."""
+    if not isinstance(text, str):
+        raise TypeError
+    read, written = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(
-        "".join(parts),
-        finish,
-        model,
-        getattr(usage, "prompt_tokens", None),
-        getattr(usage, "completion_tokens", None),
+        text,
+        finish if isinstance(finish, str) else None,
+        model if isinstance(model, str) else None,
+        read if isinstance(read, int) else None,
+        written if isinstance(written, int) else None,
     )

@@ -38,7 +38,8 @@ class ServerConfig:
             )
         if parts.username or parts.password or parts.query:
             raise ConfigError(
-                "--base-url: holds a user, a password or a query; a key belongs into the environment variable OPENAI_API_KEY"
+                "--base-url: holds a user, a password or a query; a key belongs into the environment, as"
+                " OPENAI_API_KEY"
             )
         if self.concurrency < 1:
             raise ConfigError(f"--concurrency: expected at least 1, found {self.concurrency}")

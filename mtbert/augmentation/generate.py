@@ -1,4 +1,4 @@
-"""From a plan to new rows: asked for in rounds, judged in order, so that the result does not depend on who answers first."""
+"""From a plan to new rows: asked for in rounds, judged in order, so that it does not matter who answers first."""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ class LanguageModel:
         tokens = sampling.answer_tokens
         if tokens is None:
             words = sum(len(text.split()) for text in self._table.texts[row])
-            tokens = max(LEAST_TOKENS, TOKENS_A_WORD * words)
+            tokens = max(LEAST_TOKENS, TOKENS_A_WORD * words) * (
+                attempt + 1
+            )  # the last answer may have been cut off
         if tokens:
             common["max_tokens"] = tokens
         if sampling.extra_body:

@@ -20,7 +20,22 @@ from mtbert.tasks.registry import Task
 
 DROPOUT = 0.1
 """Share of the words that word dropout takes away."""
-KEPT_WORDS = frozenset("no not n't never nothing none nobody nor neither without hardly cannot".split())
+KEPT_WORDS = frozenset(
+    [
+        "no",
+        "not",
+        "n't",
+        "never",
+        "nothing",
+        "none",
+        "nobody",
+        "nor",
+        "neither",
+        "without",
+        "hardly",
+        "cannot",
+    ]
+)
 _MARKS = ".,;:!?"
 
 

@@ -1,4 +1,4 @@
-"""Which training rows are rewritten, and how often: until the classes are even, or until the table is k times as long."""
+"""Which training rows are rewritten, and how often: until the classes are even, or the table is k times as long."""
 
 from __future__ import annotations
 

@@ -32,9 +32,10 @@ another structure; keep its language, its tone and about its length; add nothing
 REPAIR = """\
 You repair the text of examples of a data set: {title}. An example is one line: {parts}, separated by tabs. {labels}
 The text may have been damaged: spaces before punctuation or inside of words and contractions (does n't), brackets as \
--LRB- and -RRB-, quotation marks as `` and '', slashes behind backslashes, missing or wrong capitals, broken characters, \
-left-over markup such as <br />, words cut in two or a cut-off end. Repair such damage in the example below and change \
-nothing else: no other words, no other order, the same meaning and label. Give an example without damage back as it is.
+-LRB- and -RRB-, quotation marks as `` and '', slashes behind backslashes, missing or wrong capitals, broken \
+characters, left-over markup such as <br />, words cut in two or a cut-off end. Repair such damage in the example \
+below and change nothing else: no other words, no other order, the same meaning and label. Give an example without \
+damage back as it is.
 """
 FREE_SINGLE = "Answer with the new sentence alone, on one line, without quotation marks and without comments."
 FREE_PAIR = "Answer with two lines and no comments:\n{first}: ...\n{second}: ..."

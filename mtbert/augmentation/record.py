@@ -42,7 +42,7 @@ def plot_path(output: Path) -> Path:
 
 
 def write_files(job: Job, prepared: Prepared, made: Made) -> list[Path]:
-    """Write the table, then its record and, where rows were added, the plot of the labels; each as a whole or not at all."""
+    """Write the table, then its record and, where rows were added, the plot of the labels; each whole or not at all."""
     text = table_text(made.table, job.task.layout, {SOURCE: made.sources})
     record = describe(job, prepared, made, hashlib.sha256(text.encode()).hexdigest())
     write_text(job.output, text)
@@ -114,8 +114,8 @@ def summary(job: Job, prepared: Prepared, made: Made, written: Iterable[Path]) -
     if job.goal.kind == "clean":
         lines.append(
             f"{job.task.name}: {len(made.table):,} rows, {wanted:,} of them looked at: {made.repaired:,} repaired,"
-            f" {len(outcome.rows) - made.repaired:,} found without damage, {wanted - len(outcome.rows):,} kept as they were"
-            " for want of a usable repair"
+            f" {len(outcome.rows) - made.repaired:,} found without damage, {wanted - len(outcome.rows):,} kept as they"
+            " were for want of a usable repair"
         )
     else:
         lines.append(f"{job.task.name}: {len(outcome.rows):,} of {wanted:,} rows made")

@@ -47,8 +47,8 @@ class Bounds:
     def __post_init__(self) -> None:
         if not 0 <= self.shortest < 1 < self.longest:
             raise ConfigError(
-                "--shortest, --longest: expected a number below 1 and one above 1 (words of a new sentence for each word"
-                f" of its original), found {self.shortest:g} and {self.longest:g}"
+                "--shortest, --longest: expected a number below 1 and one above 1 (words of a new sentence for each"
+                f" word of its original), found {self.shortest:g} and {self.longest:g}"
             )
 
 

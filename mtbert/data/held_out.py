@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -51,7 +52,7 @@ class HeldOut:
         """tables: by split; the training table of them is left out."""
         self._rows: dict[tuple[str, ...], Leak] = {}
         self._sentences: dict[str, Leak] = {}
-        self._bags: list[tuple[Counter[str], Leak]] = []
+        self._texts: list[tuple[str, Leak]] = []
         for split, table in tables.items():
             if split == "train":
                 continue
@@ -62,12 +63,7 @@ class HeldOut:
                     key = letters(text)
                     if key not in self._sentences:
                         self._sentences[key] = leak
-                        self._bags.append((_bag(text), Leak(split, row_id, exact=False)))
-        self._frequency = Counter(word for bag, _ in self._bags for word in bag)
-        self._containing: dict[str, list[int]] = {}
-        for number, (bag, _) in enumerate(self._bags):
-            for word in self._rarest(bag):
-                self._containing.setdefault(word, []).append(number)
+                        self._texts.append((text, Leak(split, row_id, exact=False)))
 
     def row(self, texts: Iterable[str]) -> Leak | None:
         """The example of dev or test that has the same sentences, a pair's in any order."""
@@ -82,12 +78,32 @@ class HeldOut:
         bag = _bag(text)
         if bag.total() < FEWEST_WORDS:
             return {}
+        bags, containing = self._bags, self._containing
         found: dict[int, Leak] = {}
         for word in self._rarest(bag):
-            for number in self._containing.get(word, ()):
-                other, leak = self._bags[number]
+            for number in containing.get(word, ()):
+                other = bags[number]
                 if number not in found and other.total() >= FEWEST_WORDS and _jaccard(bag, other) >= NEAR:
-                    found[number] = leak
+                    found[number] = self._texts[number][1]
+        return found
+
+    # Made when `near` is first asked: comparing letters needs none of it.
+
+    @functools.cached_property
+    def _bags(self) -> list[Counter[str]]:
+        return [_bag(text) for text, _ in self._texts]
+
+    @functools.cached_property
+    def _frequency(self) -> Counter[str]:
+        return Counter(word for bag in self._bags for word in bag)
+
+    @functools.cached_property
+    def _containing(self) -> dict[str, list[int]]:
+        """The sentences that have a word among their rarest."""
+        found: dict[str, list[int]] = {}
+        for number, bag in enumerate(self._bags):
+            for word in self._rarest(bag):
+                found.setdefault(word, []).append(number)
         return found
 
     def _rarest(self, bag: Counter[str]) -> list[str]:

@@ -75,7 +75,7 @@ def take_rows(table: Table, rows: np.ndarray, split: str) -> Table:
         texts=[table.texts[row] for row in rows],
         labels=None,
         lines=[table.lines[row] for row in rows],
-        files=table.files_of(rows),
+        files=table.files_of(rows.tolist()),
     )
 
 

@@ -208,7 +208,12 @@ def run_pretraining(config: TrainConfig, run: RunFolder, train: Train, world: Wo
         if world.is_main:
             _tidy(stage.folder / "checkpoints")
     model = replace(config.model, pretrained=str(planned[-1].encoder)) if planned else config.model
-    return replace(config, model=model, pretraining=PretrainingConfig())
+    return replace(
+        config,
+        model=model,
+        pretraining=PretrainingConfig(),
+        extra_data=extra_of_tasks(config.extra_data, config.tasks),
+    )
 
 
 def describe_stages(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,11 +75,10 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    yield
 
 
 Augment = Callable[..., int]
@@ -102,8 +101,7 @@ def augment(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Au
         try:
             main([task, f"--data={tables}", f"--output={tmp_path / 'new.csv'}", *server, *options])
         except SystemExit as end:
-            assert isinstance(end.code, int)
-            return end.code
+            return int(str(end.code))
         return 0
 
     return run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtbert.augmentation.answer import DECLINED, EMPTY, UNREADABLE, RejectedError, read_answer
 from mtbert.tasks.registry import get_task
@@ -34,6 +36,11 @@ PAPER = (
         ('{"sentence": "It is slow.", "sentiment": 1}', "It is slow.", 1),
         ('Sure:\n```json\n{"sentence": "It is slow.", "sentiment": "1 (negative)"}\n```', "It is slow.", 1),
         ("1. It is slow.", "It is slow.", None),
+        ("I can't wait to see it again .", "I can't wait to see it again .", None),
+        ("I'm sorry I saw this .", "I'm sorry I saw this .", None),
+        ("Okay film, but with one flaw: its length .", "Okay film, but with one flaw: its length .", None),
+        ("Text-heavy and slow: it drags .", "Text-heavy and slow: it drags .", None),
+        ("New in town: a cop who cries .", "New in town: a cop who cries .", None),
         ("Rewritten review:\n- It is slow.\nThis paraphrase keeps the meaning.", "It is slow.", None),
     ],
 )
@@ -59,6 +66,39 @@ def test_a_sentence(text: str, sentence: str, label: float | None) -> None:
 def test_a_pair(text: str, label: float | None) -> None:
     answer = read_answer(text, STS)
     assert (answer.texts, answer.label) == (("A man eats.", "Someone has food."), label)
+
+
+PIECES = [
+    "{", "}", '"', "'", ":", "\\n", "\n", "\t", "sentence", "sentence1", "sentence2", "label", "Score: 3",
+    "0", "1e999", "[", "]", "<think>", "</think>", "```", "**", "Here is", "It is slow.", "-", "1.",
+    "\ud800", " ", ",", "null", "NaN", "9" * 400,
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_whatever_is_written_is_a_row_or_is_rejected(text: str) -> None:
+    for layout in (SST, STS):
+        try:
+            answer = read_answer(text, layout)
+        except RejectedError:
+            continue
+        assert len(answer.texts) == len(layout.text_columns)
+        assert all(part == part.strip() and part for part in answer.texts)
+
+
+def test_hostile_answers_are_rejected_soon() -> None:
+    deep = '{"sentence":' * 5000
+    for text in (
+        deep,
+        "<think>" * 9000,
+        '{"sentence": "a", "sentiment": ' + "9" * 400 + "}",
+        "word\n" * 30000,
+        "{" * 90000 + "\n\n",
+        "<thinking>\nIt is slow.",
+    ):
+        with pytest.raises(RejectedError):
+            read_answer(text, SST)
 
 
 @pytest.mark.parametrize(

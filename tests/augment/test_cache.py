@@ -35,9 +35,11 @@ def test_an_incomplete_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
         cache.put("b", {"text": "two"})
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    with pytest.warns(UserWarning, match="incomplete"), AnswerCache(path) as cache:
-        assert (cache.get("a"), cache.get("b")) == ({"text": "one"}, None)
-        cache.put("b", {"text": "two"})
+    with pytest.warns(UserWarning, match="incomplete"):
+        cache = AnswerCache(path)
+    assert (cache.get("a"), cache.get("b")) == ({"text": "one"}, None)
+    cache.put("b", {"text": "two"})
+    cache.close()
     assert path.read_bytes() == whole
 
 
@@ -48,10 +50,11 @@ def test_a_damaged_line_is_passed_over_and_a_foreign_file_refused(tmp_path: Path
     with pytest.warns(UserWarning, match=r"answers\.jsonl, line [234]") as warned, AnswerCache(path) as cache:
         assert len(cache) == 1
     assert len(warned) == 3
-    path.write_text("id,sentence\n1,a\n")
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="holds no answer of this program"):
-        AnswerCache(path)
-    assert path.read_text() == "id,sentence\n1,a\n"
+    for foreign in ("id,sentence\n1,a\n", "a note without an end", "{}"):
+        path.write_text(foreign)
+        with pytest.raises(DataError, match="holds no answer of this program"):
+            AnswerCache(path)
+        assert path.read_text() == foreign
 
 
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path: Path) -> None:

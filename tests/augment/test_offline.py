@@ -9,9 +9,9 @@ import pytest
 
 from mtbert.augmentation.draws import Draws
 from mtbert.augmentation.offline import change_case, change_punctuation, drop_words
+from mtbert.data.tables import read_table
 from mtbert.errors import ConfigError
 from mtbert.tasks.registry import get_task
-from mtbert.data.tables import read_table
 
 from .conftest import Augment, read
 

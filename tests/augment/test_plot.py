@@ -27,5 +27,5 @@ def test_bars_show_own_and_added_rows(tmp_path: Path, name: str, own: list[float
         [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] for axes in figure.axes
     ]
     assert heights == [before["counts"], before["counts"] + added["counts"]]
-    assert [axes.get_ylim() for axes in figure.axes][0] == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     assert save(figure, tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")

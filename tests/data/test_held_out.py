@@ -21,7 +21,7 @@ def held_out(*texts: str) -> HeldOut:
 
 
 def test_letters_ignore_case_spaces_punctuation_and_forms() -> None:
-    assert letters("It does n't , Ｒeally !") == letters("it doesn't really") == "itdoesntreally"
+    assert letters("It does n't , \uff32eally !") == letters("it doesn't really") == "itdoesntreally"
     assert letters("不错 。") == "不错"
     assert letters(" ?! ") == "?!"
     assert letters("?!") != letters("...")
@@ -39,7 +39,7 @@ def test_rows_and_sentences() -> None:
     assert HeldOut({"train": dev}).row(pairs[0]) is None, "training rows are not held out"
 
 
-WORDS = st.lists(st.sampled_from("a b c d e f g".split()), min_size=1, max_size=12).map(" ".join)
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), min_size=1, max_size=12).map(" ".join)
 
 
 @settings(max_examples=200, deadline=None)

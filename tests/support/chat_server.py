@@ -63,6 +63,8 @@ class Send:
     wait: float = 0.0
     half: bool = False
     """The JSON of the answer ends in its middle."""
+    raw: str | None = None
+    """The body of the answer as it is, instead of a chat completion."""
     drop: bool = False
     """The connection ends in the middle of the answer."""
 
@@ -175,6 +177,8 @@ class ChatServer:
                         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
                     }
                 ).encode()
+                if send.raw is not None:
+                    body = send.raw.encode()
                 if send.half:
                     body = body[: len(body) // 2]
                 self.send_response(200)
@@ -192,6 +196,10 @@ class ChatServer:
                 self.send_header("content-type", "text/event-stream")
                 self.send_header("connection", "close")
                 self.end_headers()
+                if send.raw is not None:
+                    self.wfile.write(b"data: " + send.raw.encode() + b"\n\n")
+                    self.close_connection = True
+                    return
                 pieces = re.findall(r".{1,7}", send.text, re.DOTALL)
                 for number, piece in enumerate(pieces):
                     if send.drop and number == len(pieces) // 2:
