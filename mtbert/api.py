@@ -76,7 +76,8 @@ def load_model(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads: expected at least 1, found {threads}")
     folder = Path(path).expanduser()
-    with _COMPUTING:
+    # Heads are drawn before their weights are read: the host's random numbers must not notice.
+    with _COMPUTING, torch.random.fork_rng(devices=[]):
         if (folder / "config.yaml").is_file():
             return _of_run(RunFolder.open(folder), device, precision, max_tokens, threads)
         is_encoder = str(path) == MINILM or (folder / "config.json").is_file()

@@ -163,10 +163,8 @@ def read_own_table(path: Path | str, task: str, layout: TableLayout, *, labelled
     header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
     if layout.id_column not in header:
         layout = replace(layout, id_column="")
-    table = read_table(path, task, "own", layout, delimiter=delimiter)
-    if labelled and table.labels is None:
-        raise DataError(f"{path}: no column {layout.label_column!r}, so that it cannot be scored")
-    return table if labelled else replace(table, labels=None)
+    table = read_table(path, task, "dev" if labelled else "own", layout, delimiter=delimiter)
+    return replace(table, split="own", labels=table.labels if labelled else None)
 
 
 def read_table(
