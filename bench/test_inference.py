@@ -11,11 +11,14 @@ from bench.comparison import Goal
 from bench.harness import Bench, Candidate
 from bench.inference import Sides, pairs_by_reading, pairs_by_vectors, texts_of
 from bench.test_train_step import DTYPES, fast
+from mtbert.engine.flops import Pass
 from mtbert.engine.precision import Precision
 
 __all__ = ["fast"]
 
 TEXTS = 512
+FORWARD: Pass = "features"
+"""What the products of a forward pass are counted as."""
 ENCODE_GOAL = 2.0
 READ = 100
 """Sentences whose pairs a cross-encoder reads, all of them."""
@@ -40,12 +43,14 @@ def test_encode(bench: Bench, benchmark: Any, sides: Sides, precision: Precision
     bench.compare(
         f"encode sentences, {precision}",
         [
-            Candidate(own, lambda: sides.own_side(own, "encode", precision, texts), DTYPES[precision], None),
+            Candidate(
+                own, lambda: sides.own_side(own, "encode", precision, texts), DTYPES[precision], FORWARD
+            ),
             Candidate(
                 peer,
                 lambda: sides.sentence_transformers_side(peer, "encode", precision, texts),
                 DTYPES[precision],
-                None,
+                FORWARD,
                 needs=("sentence_transformers",),
             ),
         ],
@@ -64,13 +69,13 @@ def test_classify(bench: Bench, benchmark: Any, sides: Sides, precision: Precisi
     bench.compare(
         f"classify sentences, {precision}",
         [
-            Candidate(own, lambda: sides.own_side(own, "sst", precision, texts), dtype, None),
+            Candidate(own, lambda: sides.own_side(own, "sst", precision, texts), dtype, FORWARD),
             *(
                 Candidate(
                     name,
                     lambda name=name: sides.pipeline_side(name, precision, texts, ordered=name == ordered),  # type: ignore[misc]
                     dtype,
-                    None,
+                    FORWARD,
                     needs=("transformers",),
                 )
                 for name in (peer, ordered)
@@ -90,12 +95,12 @@ def test_score_pairs(bench: Bench, benchmark: Any, sides: Sides, precision: Prec
     bench.compare(
         f"score pairs, {precision}",
         [
-            Candidate(own, lambda: sides.own_side(own, "para", precision, texts), dtype, None),
+            Candidate(own, lambda: sides.own_side(own, "para", precision, texts), dtype, FORWARD),
             Candidate(
                 peer,
                 lambda: sides.sentence_transformers_side(peer, "para", precision, texts),
                 dtype,
-                None,
+                FORWARD,
                 needs=("sentence_transformers",),
             ),
         ],
