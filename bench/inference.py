@@ -108,16 +108,18 @@ class Sides:
         self, name: str, work: Work, precision: Precision, texts: Sequence[Any]
     ) -> Side:
         """`SentenceTransformer.encode`, or `CrossEncoder.predict`: both sort by length."""
-        from sentence_transformers import CrossEncoder, SentenceTransformer, models
+        from sentence_transformers import CrossEncoder, SentenceTransformer
+        from sentence_transformers.base.modules import Transformer
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
         weights = {"dtype": DTYPES[precision]}
         device = str(self.device)
         options: dict[str, Any] = {"batch_size": BATCH, "show_progress_bar": False}
         if work == "encode":
-            bert = models.Transformer(
-                str(self.workload.encoder), max_seq_length=self.workload.max_length, model_args=weights
+            bert = Transformer(
+                str(self.workload.encoder), max_seq_length=self.workload.max_length, model_kwargs=weights
             )
-            parts = [bert, models.Pooling(bert.get_word_embedding_dimension(), "mean"), models.Normalize()]
+            parts = [bert, Pooling(bert.get_embedding_dimension(), "mean"), Normalize()]
             encoder = SentenceTransformer(modules=parts, device=device)
             return self._side(name, lambda: encoder.encode(list(texts), **options), work, texts)
         cross = CrossEncoder(
