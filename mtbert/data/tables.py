@@ -160,7 +160,10 @@ def read_own_table(path: Path | str, task: str, layout: TableLayout, *, labelled
     path = Path(path)
     first = io.StringIO(_decode(path), newline=None).readline()
     delimiter = "\t" if "\t" in first or "," not in first else ","
-    header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
+    try:
+        header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
+    except csv.Error:  # read_table says what is wrong
+        header = set()
     if layout.id_column not in header:
         layout = replace(layout, id_column="")
     table = read_table(path, task, "dev" if labelled else "own", layout, delimiter=delimiter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,17 @@ def test_vectors_are_those_of_bert_written_out(tiny_bert: Path, run: Path, model
     assert model.encode([]).shape == (0, 20)
     assert model.predict("sts", []).shape == (0,)
     assert list(model.answers("para", [])) == []
+
+
+def test_a_folder_may_say_that_its_first_token_is_the_vector(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    found = mtbert.load(folder, precision="float32").encode(["a cat"])
+    plain = mtbert.load(tiny_bert, precision="float32")
+    np.testing.assert_array_equal(found, plain.encode(["a cat"], pooling="cls"))
+    assert np.abs(found - plain.encode(["a cat"])).max() > 0.01
 
 
 def test_pairs_of_a_few_sentences_read_each_sentence_once(
@@ -287,6 +299,7 @@ def test_a_table_of_ones_own(
         ("sentence;sentiment\nfine;1\n", "separated by semicolons"),
         ("sentence\tsentiment\n", "no row after the header"),
         ("", "the file is empty"),
+        ("x" * 200_000, "field larger than field limit"),
     ],
 )
 def test_unusable_tables_of_ones_own(run: Path, tmp_path: Path, content: str, message: str) -> None:
