@@ -79,6 +79,8 @@ class Comparison:
     """What served sides that several implementations could have served."""
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Where a step's time goes, of the sides that missed a goal of speed."""
+    unit: str = "useful tokens"
+    """What the sides' rates count."""
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -150,7 +152,7 @@ def _reached(goal: Goal, alternation: Alternation, cases: Mapping[str, Case]) ->
 
 def to_text(comparison: Comparison) -> str:
     """A table for the terminal: median [quartiles]."""
-    titles = ("", "useful tokens/s", f"x {comparison.baseline}", "of the matrix limit", "")
+    titles = ("", f"{comparison.unit}/s", f"x {comparison.baseline}", "of the matrix limit", "")
     lines = [titles]
     for case in comparison.cases:
         share = "" if case.limit_share is None else f"{100 * case.limit_share.median:.0f}%"

@@ -97,11 +97,13 @@ class Bench:
         goals: Sequence[Goal] = (),
         memory: bool = False,
         repeats: int | None = None,
+        unit: str = "useful tokens",
     ) -> Comparison:
         """Run the candidates and the matrix-product limits of their dtypes in turn.
 
         benchmark: the fixture of pytest-benchmark; it times whole rounds, and its JSON file carries the comparison.
-        memory: also measure the sides' activations. repeats: instead of the session's.
+        memory: also measure the sides' activations. repeats: instead of the session's. unit: what
+        the sides' work counts.
         """
         repeats = min(repeats or self.repeats, self.repeats)
         left_out = {c.name: reason for c in candidates if (reason := self._why_not(c))}
@@ -137,6 +139,7 @@ class Bench:
                 goals=goals,
                 left_out=[f"{side} ({reason})" for side, reason in left_out.items()],
             )
+            comparison.unit = unit
             comparison.profiles = _profiles(comparison, sides)
         finally:
             for side in sides:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import records
 from bench.comparison import MEMORY, Goal
-from bench.page_plots import SPEED, scaling_plot, speed_plot
+from bench.page_plots import ALL_PAIRS, SPEED, pairs_plot, scaling_plot, speed_plot
 from mtbert.evaluation.markdown import escape
 from mtbert.evaluation.profile import OperationTime, ProfileFacts
 from mtbert.evaluation.table import Cell, markdown_table
@@ -67,7 +67,9 @@ def _device(
         lines += _speedrun(name, found)
     speeds = {name: found for name, found in comparisons.items() if name in SPEED}
     scalings = {name: found for name, found in comparisons.items() if name.startswith("scaling: ")}
-    for suffix, chosen, plot in (("speed", speeds, speed_plot), ("scaling", scalings, scaling_plot)):
+    pairs = {name: found for name, found in comparisons.items() if name.startswith(ALL_PAIRS)}
+    plots = (("speed", speeds, speed_plot), ("scaling", scalings, scaling_plot), ("pairs", pairs, pairs_plot))
+    for suffix, chosen, plot in plots:
         if chosen:
             image = plot(device, chosen, path.with_name(f"{path.stem}-{suffix}.png"))
             lines += [f"![{suffix}]({image.name})", ""]
@@ -108,7 +110,7 @@ def _comparison(name: str, found: Mapping[str, Any]) -> list[str]:
     shown = [figure for figure in _KNOWN if any(figure in case["figures"] for case in cases)]
     headers = [
         "side",
-        "useful tokens/s",
+        f"{found.get('unit', 'useful tokens')}/s",
         f"x {found['baseline']}",
         "of the limit",
         *(_KNOWN[f] for f in shown),

@@ -24,6 +24,7 @@ from mtbert.evaluation.plots.style import (
 
 SPEED = ("full fine-tuning", "lora", "two rows a pair", "gradient surgery, full", "gradient surgery, lora")
 """Comparisons whose sides stand beside each other."""
+ALL_PAIRS = "all pairs of sentences"
 AXES = {
     "scaling: tokens of a step": "useful tokens a step",
     "scaling: tokens of a row": "tokens of every row",
@@ -46,6 +47,46 @@ def speed_plot(device: str, comparisons: Mapping[str, dict[str, Any]], path: Pat
     for place, name in enumerate(names):
         _bars(figure.add_subplot(grid[place, 0]), name, shown[name], comparisons[name]["baseline"])
     return save(figure, path)
+
+
+def pairs_plot(device: str, comparisons: Mapping[str, dict[str, Any]], path: Path) -> Path:
+    """Seconds for all pairs of N sentences: by vectors as measured, by reading the pairs at the measured rate."""
+    found = next(iter(comparisons.values()))
+    figure = new_figure(6.4, 4.0, Source(device, _commits(comparisons)))
+    panel = figure.add_subplot()
+    tidy(panel, "Similarity of all pairs of N sentences", "sentences", "seconds")
+    by_vectors, largest = [], 0.0
+    for case in found["cases"]:
+        count, rate = case["figures"]["sentences"], case["tokens_per_second"]["median"]
+        if case["name"] != found["baseline"]:
+            by_vectors.append((count, case["figures"]["pairs"] / rate))
+        largest = max(largest, count)
+    reading = next(case for case in found["cases"] if case["name"] == found["baseline"])
+    rate, measured = reading["tokens_per_second"]["median"], reading["figures"]["sentences"]
+    counts = sorted({measured, *(count for count, _ in by_vectors)})
+    seconds = [n * (n - 1) / 2 / rate for n in counts]
+    panel.plot(
+        counts, seconds, color=GREY, marker="o", markerfacecolor="white", label="cross-encoder, at its rate"
+    )
+    panel.plot(measured, seconds[counts.index(measured)], "o", color=GREY, label="cross-encoder, measured")
+    panel.plot(*zip(*sorted(by_vectors), strict=True), color=BLUE, marker="o", label="vectors, measured")
+    for line, places in ((GREY, list(zip(counts, seconds, strict=True))), (BLUE, sorted(by_vectors))):
+        for x, y in places:
+            panel.annotate(
+                _duration(y), (x, y), xytext=(6, -10), textcoords="offset points", size=8, color=line
+            )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(right=largest * 2.5)
+    legend(panel, loc="upper left")
+    return save(figure, path)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _bars(panel: Axes, name: str, cases: list[dict[str, Any]], baseline: str) -> None:

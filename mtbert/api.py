@@ -79,7 +79,8 @@ def load_model(
     folder = Path(path).expanduser()
     from mtbert.cli import config_from_file
 
-    with _COMPUTING:
+    # Heads are drawn before their weights are read: the host's random numbers must not notice.
+    with _COMPUTING, torch.random.fork_rng(devices=[]):
         if (folder / "config.yaml").is_file():
             run = RunFolder.open(folder)
             if run.is_mlm:

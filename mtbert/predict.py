@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def _given(task: Task, texts: list[str], file: Path | None) -> Iterator[tuple[st
     if file is not None and texts:
         raise ConfigError("give sentences or --file, not both")
     each = len(task.layout.text_columns)
+    rows: Iterable[tuple[str, tuple[str, ...]]]
     if file is not None and file.suffix != ".txt":
         table = read_own_table(file, task.name, task.layout, labelled=False)
         for problem in table.problems:

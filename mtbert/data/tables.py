@@ -181,20 +181,20 @@ def read_own_table(path: Path | str, task: str, layout: TableLayout, *, labelled
     Commas are what the header line decides by holding no tab. Without a column of ids, rows are named by their lines.
     """
     path = Path(path)
-    first = io.StringIO(_decode(path), newline=None).readline()
+    text = _decode(path)
+    first = io.StringIO(text, newline=None).readline()
     delimiter = "\t" if "\t" in first or "," not in first else ","
-    header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
+    try:
+        header = {cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])}
+    except csv.Error:  # read_table says what is wrong
+        header = set()
     if layout.id_column not in header:
         layout = replace(layout, id_column="")
-    table = read_table(path, task, "own", layout, delimiter=delimiter)
-    if labelled and table.labels is None:
-        raise DataError(f"{path}: no column {layout.label_column!r}, so that it cannot be scored")
-    return table if labelled else replace(table, labels=None)
+    table = _read(path, text, task, "dev" if labelled else "own", layout, delimiter)
+    return replace(table, split="own", labels=table.labels if labelled else None)
 
 
-def read_table(
-    path: Path | str, task: str, split: str, layout: TableLayout, *, delimiter: str = "\t"
-) -> Table:
+def read_table(path: Path | str, task: str, split: str, layout: TableLayout) -> Table:
     """Reads one table; see the module's text for the format and for what happens to rows that cannot be used.
 
     Line numbers are physical lines of the file, from 1, of the line on which a row starts. Lines without any
@@ -203,7 +203,11 @@ def read_table(
     whatever the file holds.
     """
     path = Path(path)
-    lines = list(io.StringIO(_decode(path), newline=""))
+    return _read(path, _decode(path), task, split, layout, "\t")
+
+
+def _read(path: Path, text: str, task: str, split: str, layout: TableLayout, delimiter: str) -> Table:
+    lines = list(io.StringIO(text, newline=""))
     rows = _rows(path, lines, delimiter)
     header_line, _, header = next(rows, (0, 0, []))
     if not header:

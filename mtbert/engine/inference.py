@@ -54,12 +54,16 @@ def pooled_rows(
     casts: WeightCasts | None = None,
     world: World = ALONE,
 ) -> np.ndarray:
-    """Pooled rows `[n * rows_per_example, C]` float32 of all examples of a stream that the model has; see `infer`."""
+    """Pooled rows `[n * rows_per_example, C]` of all examples of a stream that the model has; see `infer`.
+
+    float32, or float64 where the model computes in it.
+    """
     each, width = data.rows_per_example, forward.model.encoder.config.hidden_size
-    rows = np.zeros((len(data), each, width), dtype=np.float32)
+    kind = np.float64 if forward.dtype == torch.float64 else np.float32
+    rows = np.zeros((len(data), each, width), dtype=kind)
     with casts or WeightCasts():
         for places, requests in _passes(data, np.arange(len(data)), max_tokens, world):
-            found = forward(requests, None).rows[data.name].float().cpu().numpy()
+            found = forward(requests, None).rows[data.name].cpu().numpy()
             rows[places] = found.reshape(-1, each, width)
     return world.added(rows).reshape(-1, width)
 

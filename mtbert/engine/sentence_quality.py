@@ -56,6 +56,5 @@ class SentenceQuality:
         return self.probe.measure(self.embeddings())
 
     def embeddings(self) -> np.ndarray:
-        """Pooled rows [m, C] of the probe's texts, float64."""
-        rows = pooled_rows(self.forward, self.data, max_tokens=self.max_tokens, world=self.world)
-        return rows.astype(np.float64)
+        """Pooled rows [m, C] of the probe's texts."""
+        return pooled_rows(self.forward, self.data, max_tokens=self.max_tokens, world=self.world)

@@ -12,7 +12,7 @@ from mtbert.evaluation.metrics import TaskScores, class_names
 from mtbert.evaluation.predictions import Predictions
 from mtbert.evaluation.results import Results, class_table_rows, interval_text, results, results_table
 from mtbert.evaluation.swaps import SwapConsistency
-from mtbert.evaluation.table import table
+from mtbert.evaluation.table import Cell, table
 
 if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
@@ -82,7 +82,7 @@ def details(assessment: Assessment) -> list[str]:
     names = class_names(task)
     if names:
         parts.append(table(*class_table_rows(scores)))
-        counts = [[name, *row] for name, row in zip(names, scores.confusion, strict=True)]
+        counts: list[list[Cell]] = [[name, *row] for name, row in zip(names, scores.confusion, strict=True)]
         parts.append(table(["true class, predicted as", *names], counts))
     else:
         parts.append(f"Spearman {scores.spearman:.3f}, mean squared error {scores.mse:.3f}")
