@@ -131,7 +131,7 @@ class Space:
     """Training options of the fixed part."""
     method: Method = "tpe"
     trials: int | None = None
-    """How many; a grid has all of its own."""
+    """How many; a grid has its own number."""
     seed: int = 0
     evaluations: int | None = None
     """Evaluations of each trial, at equal distances; by default as evaluation.every says."""
@@ -141,7 +141,7 @@ class Space:
     pruner_warmup: int = 0
     """Evaluations of a trial before it can be pruned (median)."""
     tpe_startup: int = 10
-    """Random trials before the first that is searched for."""
+    """Random trials before the first that TPE chooses."""
     keep: int | Literal["all"] = 3
     """Of how many best trials the checkpoints are kept."""
     wandb: str | None = None
@@ -269,8 +269,9 @@ def _space(path: Path, content: dict[Any, Any]) -> Space:
         parameters.append(_parameter(name, value, parameters))
     values: dict[str, Any] = {}
     for name, possible in (("method", get_args(Method)), ("pruner", get_args(PrunerName))):
-        found = content.get(name, possible[0])
-        found = "none" if found is None else found
+        # A grid shows all of its combinations to the end, unless it is asked to stop poor ones.
+        usual = "none" if name == "pruner" and values["method"] == "grid" else possible[0]
+        found = content.get(name, usual)
         if found not in possible:
             hint = f" ({_YAML_BOOLEANS})" if isinstance(found, bool) else ""
             raise ConfigError(f"{name}: expected one of {', '.join(possible)}, found {found!r}{hint}")
