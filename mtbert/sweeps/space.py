@@ -1,4 +1,4 @@
-"""A search space: which fields of the configuration a sweep varies, over what, read from YAML and checked as a whole."""
+"""A search space: which fields of the configuration a sweep varies, and over what; from YAML, checked as a whole."""
 
 from __future__ import annotations
 
@@ -250,9 +250,8 @@ def read_space(path: Path) -> Space:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected a mapping with `parameters`, found {type(content).__name__ if content is not None else 'an empty file'}"
-        )
+        found = "an empty file" if content is None else type(content).__name__
+        raise ConfigError(f"{path}: expected a mapping with `parameters`, found {found}")
     try:
         return _space(path, content)
     except ConfigError as error:

@@ -450,6 +450,6 @@ def _quiet() -> Iterator[None]:
 
 
 def definition_of(space: Space, base: Mapping[str, Any]) -> str:
-    """What must agree between all processes of a study: the space and the fixed settings, but for where they compute."""
+    """What must agree between all processes of a study: space and fixed settings, but for where they compute."""
     free = ("cache", "compile", "device", "kernels", "output", "plugins", "threads")
     return json.dumps([space.describe(), {k: v for k, v in base.items() if k not in free}], sort_keys=True)

@@ -112,24 +112,22 @@ def test_a_changed_shared_weight_is_found(tiny_bert: Path, tmp_path: Path) -> No
     shared.verify()
     with torch.no_grad():
         second.encoder.embeddings.word[3, 5] += 1e-3
-    with pytest.raises(RuntimeError, match="frozen weight embeddings.word"):
+    with pytest.raises(RuntimeError, match=r"frozen weight embeddings\.word"):
         shared.verify()
 
 
 def test_two_processes_share_a_grid(sweeps: Sweeps) -> None:
     """Every combination once, whichever of two processes takes it; both may begin the sweep."""
-    space = sweeps.space(
-        {"optim.lr": [1e-3, 1e-2], "seed": [0, 1, 2], "mode": ["full", "lora"]}, method="grid"
-    )
+    space = sweeps.space({"optim.lr": [1e-3, 1e-2], "seed": [0, 1, 2]}, method="grid")
     children = [sweeps.fork(space, "grid") for _ in range(2)]
     for pid in children:
         assert os.waitpid(pid, 0)[1] == 0
     trials = sweeps.trials(sweeps.folder / "grid", space)
-    assert [trial.state for trial in trials] == ["complete"] * 12
-    assert len({tuple(sorted(trial.values.items())) for trial in trials}) == 12
+    assert [trial.state for trial in trials] == ["complete"] * 6
+    assert len({tuple(sorted(trial.values.items())) for trial in trials}) == 6
     assert [len(folders(sweeps.folder / "grid")), sum(map(evaluations, folders(sweeps.folder / "grid")))] == [
-        12,
-        12,
+        6,
+        6,
     ]
 
 
@@ -220,7 +218,7 @@ def test_workers_that_are_killed_are_replaced_and_errors_end_all(
 
 
 def test_a_killed_sweep_goes_on(sweeps: Sweeps) -> None:
-    """SIGKILL within a trial, between two of its checkpoints: it is gone on with, and the outcome is that of no kill."""
+    """SIGKILL within a trial, between two checkpoints: it is gone on with, and the outcome is that of no kill."""
     parameters = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "mode": ["full", "lora"]}
     space = sweeps.space(
         parameters, trials=2, steps=32, evaluations=4, keep="all", pruner="none", tpe_startup=1
@@ -311,7 +309,7 @@ def test_the_report_and_the_tools_that_read_trials(
     assert "left" in printed[0]
     best = max(trials, key=lambda trial: trial.score or 0.0)
     rows = list(csv.DictReader((output / "trials.csv").open()))
-    assert [row["trial"] for row in rows][0] == str(best.number)
+    assert rows[0]["trial"] == str(best.number)
     assert {row["name"] for row in rows} == {trial.name for trial in trials}
     page = (output / "trials.html").read_text()
     assert page.count("<tr class=") == 5

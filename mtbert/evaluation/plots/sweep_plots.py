@@ -18,6 +18,7 @@ from mtbert.evaluation.plots.style import (
     BLACK,
     BLUE,
     GREY,
+    SKY,
     VERMILION,
     Source,
     empty,
@@ -261,20 +262,28 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 
-def importance_plot(importances: Mapping[str, float], method: str, source: Source) -> Figure:
-    """The share of each parameter in what makes scores differ."""
-    names = list(importances)
-    figure = new_figure(6.5, 1.1 + 0.3 * len(names), source)
+def importance_plot(
+    importances: Mapping[str, float], conditional: Mapping[str, float], method: str, source: Source
+) -> Figure:
+    """The share of each parameter in what makes scores differ; conditional ones among the trials that have them."""
+    shares = sorted((dict(importances) | dict(conditional)).items(), key=lambda item: -item[1])
+    figure = new_figure(6.5, 1.3 + 0.3 * len(shares), source)
     axes = figure.add_subplot()
     tidy(axes, "Importance", f"importance ({method}, complete trials)", "")
-    values = [importances[name] for name in names]
-    axes.barh(range(len(names)), values, color=BLUE, height=0.62)
-    for place, value in enumerate(values):
-        axes.text(value + 0.01, place, f"{value:.2f}", va="center", size=8)
-    axes.set_yticks(range(len(names)), [_cut(name, 40) for name in names])
-    axes.set_xlim(0, max(values) * 1.15 + 0.01)
+    for kind, colour, label in (
+        (importances, BLUE, "of all trials"),
+        (conditional, SKY, "among the trials that have it"),
+    ):
+        places = [place for place, (name, _) in enumerate(shares) if name in kind]
+        axes.barh(places, [shares[place][1] for place in places], color=colour, height=0.62, label=label)
+    for place, (_, value) in enumerate(shares):
+        axes.text(value + 0.005, place, f"{value:.2f}", va="center", size=8)
+    axes.set_yticks(range(len(shares)), [_cut(name, 40) for name, _ in shares])
+    axes.set_xlim(0, max(value for _, value in shares) * 1.15 + 0.01)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+    if conditional:
+        legend(axes, loc="lower right")
     return figure
 
 
