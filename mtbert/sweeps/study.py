@@ -394,7 +394,7 @@ def _suggested(trial: optuna.Trial, parameter: Parameter) -> Scalar:
 def _sampler(optuna: Any, space: Space) -> Any:
     """Draws of a trial are a function of the sweep's seed, of the trial's number and of the trials before it."""
 
-    class Sampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+    class Sampler(optuna.samplers.BaseSampler):
         def __init__(self) -> None:
             self._inner: Any = None
 

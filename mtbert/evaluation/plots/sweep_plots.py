@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mtbert.evaluation.plots.style import (
     BLACK,
@@ -94,7 +94,7 @@ def curves_plot(trials: Sequence[SweepTrial], source: Source) -> Figure | None:
                 marker="x" if dashed else "",
                 markersize=3,
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(axes, loc="lower right", title="dotted: pruned", title_fontsize=8)
     return figure
 
@@ -134,11 +134,11 @@ def parallel_plot(
         ]
         done = trial.state == "complete"
         if done:
-            points.append((len(names), colours(trial.score)))
+            points.append((len(names), colours(trial.score or 0.0)))
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_COLOURS(colours(trial.score)) if done else "#CCCCCC",
+            color=_COLOURS(colours(trial.score or 0.0)) if done else "#CCCCCC",
             linewidth=1.4 if done else 0.7,
             alpha=0.85 if done else 0.6,
             zorder=2 if done else 1,
