@@ -268,19 +268,20 @@ def _report(study: Study, options: argparse.Namespace) -> None:
         )
         for trial in study.trials()
     ]
-    importances, method = study.importances()
+    importances, conditional, method = study.importances()
     about = {parameter.name: parameter.describe() for parameter in space.parameters}
     logs = {parameter.name for parameter in space.parameters if parameter.log}
     sweep = Sweep(
-        options.output,
-        Path(options.space).name,
-        space.method,
-        space.pruner,
-        about,
-        logs,
-        trials,
-        importances,
-        method,
+        folder=options.output,
+        space=Path(options.space).name,
+        method=space.method,
+        pruner=space.pruner,
+        parameters=about,
+        log_scales=logs,
+        trials=trials,
+        importances=importances,
+        conditional=conditional,
+        importance_method=method,
     )
     print(f"report: {write_sweep_report(sweep)}")
 

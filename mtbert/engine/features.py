@@ -85,10 +85,8 @@ class FrozenForward:
         """Pooled rows `[rows, C]` of a whole table on the device; computed at the first call."""
         cached = self._cache.get(data)
         if cached is None:
-            if self.shared is None:
-                cached = self._compute(data)
-            else:
-                cached = self.shared.features(self, data, self._compute)
+            shared = self.shared
+            cached = self._compute(data) if shared is None else shared.features(self, data, self._compute)
             self._cache[data] = cached
         return cached
 

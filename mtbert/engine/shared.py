@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,7 @@ def _digest(tensors: Iterable[Tensor]) -> bytes:
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -183,6 +183,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
-
-
-Tables = Mapping[str, Mapping[str, Table]]

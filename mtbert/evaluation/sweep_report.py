@@ -68,6 +68,9 @@ class Sweep:
     log_scales: Collection[str]
     trials: Sequence[SweepTrial]
     importances: Mapping[str, float]
+    """Of the parameters that all complete trials have."""
+    conditional: Mapping[str, float]
+    """Of the others, each among the complete trials that have it."""
     importance_method: str
     """How they were found, or why not."""
 
@@ -127,8 +130,8 @@ def _facts(sweep: Sweep) -> str:
         )
     else:
         lines.append(
-            "- scores: of dev, the best evaluation of each trial. Trials and checkpoints are chosen on them, so the best"
-            " one's is optimistic (evaluation.selection half keeps a half apart)"
+            "- scores: of dev, the best evaluation of each trial. Trials and checkpoints are chosen on them, so"
+            " that the best one's is optimistic (evaluation.selection half keeps a half apart)"
         )
     return "\n".join(lines)
 
@@ -224,14 +227,15 @@ def _best(sweep: Sweep) -> str:
 def _parameters(sweep: Sweep) -> str:
     rows: list[list[Cell]] = []
     for name, about in sweep.parameters.items():
-        share = sweep.importances.get(name)
-        rows.append([escape(name), escape(about), None if share is None else round(share, 3)])
-    note = (
-        f"Importance: {escape(sweep.importance_method)} of the complete trials, of the parameters that all of them have."
-        if sweep.importances
-        else f"Importance: {escape(sweep.importance_method)}."
-    )
-    return f"{markdown_table(['parameter', 'range', 'importance'], rows)}\n\n{note}"
+        share = sweep.importances.get(name, sweep.conditional.get(name))
+        text = None if share is None else f"{share:.3f}" + ("" if name in sweep.importances else " \\*")
+        rows.append([escape(name), escape(about), text])
+    note = f"Importance: {escape(sweep.importance_method)}"
+    if sweep.importances or sweep.conditional:
+        note += " of the complete trials: the share of a parameter in what makes their scores differ"
+    if sweep.conditional:
+        note += "; \\* only among the trials that have the parameter, so not to be added to the others"
+    return f"{markdown_table(['parameter', 'range', 'importance'], rows)}\n\n{note}."
 
 
 def _failures(sweep: Sweep) -> str:
@@ -260,8 +264,10 @@ def _plots(sweep: Sweep) -> dict[str, Path]:
         "parallel": parallel_plot(scored, list(sweep.parameters), sweep.log_scales, source),
         "slices": slice_plot(scored, list(sweep.parameters), sweep.log_scales, source),
     }
-    if sweep.importances:
-        made["importance"] = importance_plot(sweep.importances, sweep.importance_method, source)
+    if sweep.importances or sweep.conditional:
+        made["importance"] = importance_plot(
+            sweep.importances, sweep.conditional, sweep.importance_method, source
+        )
     return {
         name: save(figure, sweep.folder / "plots" / f"{name}.png") for name, figure in made.items() if figure
     }
@@ -308,13 +314,14 @@ def _page(sweep: Sweep, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) 
         for place, name in enumerate(headers)
     )
     body = "\n".join(
-        f'<tr class="{html.escape(str(row[state]))}">{"".join(cell(value, place) for place, value in enumerate(row))}</tr>'
+        f'<tr class="{html.escape(str(row[state]))}">'
+        f"{''.join(cell(value, place) for place, value in enumerate(row))}</tr>"
         for row in rows
     )
     title = html.escape(f"Sweep {sweep.folder.resolve().name}")
     about = html.escape(json.dumps(dict(sweep.parameters), ensure_ascii=False))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f'</head>\n<body data-space="{about}"><h1>{title}</h1>\n<p>A click on a column sorts by it.</p>\n<table><thead><tr>'
-        f"{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n<script>{_SCRIPT}</script></body></html>\n"
+        f'</head>\n<body data-space="{about}"><h1>{title}</h1>\n<p>A click on a column sorts by it.</p>\n'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n<script>{_SCRIPT}</script></body></html>\n"
     )

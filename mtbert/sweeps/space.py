@@ -1,4 +1,4 @@
-"""A search space: which fields of the configuration a sweep varies, over what, read from YAML and checked as a whole."""
+"""A search space: which fields of the configuration a sweep varies, and over what; from YAML, checked as a whole."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Space:
     """Training options of the fixed part."""
     method: Method = "tpe"
     trials: int | None = None
-    """How many; a grid has all of its own."""
+    """How many; a grid has its own number."""
     seed: int = 0
     evaluations: int | None = None
     """Evaluations of each trial, at equal distances; by default as evaluation.every says."""
@@ -141,7 +141,7 @@ class Space:
     pruner_warmup: int = 0
     """Evaluations of a trial before it can be pruned (median)."""
     tpe_startup: int = 10
-    """Random trials before the first that is searched for."""
+    """Random trials before the first that TPE chooses."""
     keep: int | Literal["all"] = 3
     """Of how many best trials the checkpoints are kept."""
     wandb: str | None = None
@@ -222,7 +222,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         try:
             twice = key in found
         except TypeError:
@@ -231,7 +231,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             ) from None
         if twice:
             raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} stands there twice")
-        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        found[key] = loader.construct_object(value_node, deep=True)
     return found
 
 
@@ -250,9 +250,8 @@ def read_space(path: Path) -> Space:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected a mapping with `parameters`, found {type(content).__name__ if content is not None else 'an empty file'}"
-        )
+        found = "an empty file" if content is None else type(content).__name__
+        raise ConfigError(f"{path}: expected a mapping with `parameters`, found {found}")
     try:
         return _space(path, content)
     except ConfigError as error:
@@ -269,8 +268,9 @@ def _space(path: Path, content: dict[Any, Any]) -> Space:
         parameters.append(_parameter(name, value, parameters))
     values: dict[str, Any] = {}
     for name, possible in (("method", get_args(Method)), ("pruner", get_args(PrunerName))):
-        found = content.get(name, possible[0])
-        found = "none" if found is None else found
+        # A grid shows all of its combinations to the end, unless it is asked to stop poor ones.
+        usual = "none" if name == "pruner" and values["method"] == "grid" else possible[0]
+        found = content.get(name, usual)
         if found not in possible:
             hint = f" ({_YAML_BOOLEANS})" if isinstance(found, bool) else ""
             raise ConfigError(f"{name}: expected one of {', '.join(possible)}, found {found!r}{hint}")

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 JOURNAL = "study.journal"
 MOST_ATTEMPTS = 3
 """Processes that may die of a trial at the same place before it counts as failed."""
+_LEAST_TRIALS = 4
+"""For a word on importance."""
 _WAIT = 0.02
 _LONGEST_WAIT = 120.0
 
@@ -258,35 +260,45 @@ class Study:
             return None
         return str(ended[0].facts.get("reason")) if len(reasons) == 1 else None
 
-    def importances(self) -> tuple[dict[str, float], str]:
-        """The share of each parameter in the score's variance, and how it was found; empty where nothing can be said."""
+    def importances(self) -> tuple[dict[str, float], dict[str, float], str]:
+        """The share of each parameter in what makes scores differ, and how it was found.
+
+        Two mappings: of the parameters that all complete trials have, and of those with a condition, each among the
+        trials that have it. Both are empty where nothing can be said; the text says why.
+        """
         optuna = self.optuna
         complete = self.study.get_trials(deepcopy=False, states=(self._state.COMPLETE,))
-        if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
-            return {}, "needs at least four complete trials with different scores"
+        if len(complete) < _LEAST_TRIALS or len({trial.value for trial in complete}) < 2:
+            return {}, {}, f"needs at least {_LEAST_TRIALS} complete trials with different scores"
         try:
             import sklearn  # noqa: F401
         except ImportError:
             evaluator, method = optuna.importance.PedAnovaImportanceEvaluator(), "PED-ANOVA"
         else:
             evaluator, method = optuna.importance.FanovaImportanceEvaluator(seed=self.space.seed), "fANOVA"
-        found: dict[str, float] = {}
-        with _quiet():
-            for names in self._always_together(complete):
-                try:
-                    part = optuna.importance.get_param_importances(
-                        self.study, evaluator=evaluator, params=names
-                    )
-                except (ValueError, RuntimeError):  # too few trials, or the same value in all of them
-                    continue
-                found |= {name: float(value) for name, value in part.items() if math.isfinite(value)}
-        return dict(sorted(found.items(), key=lambda item: -item[1])), method
 
-    def _always_together(self, complete: Sequence[Any]) -> Iterator[list[str]]:
-        """The parameters that every complete trial has: others are left out, since trials without them would be."""
-        names = [p.name for p in self.space.parameters if all(p.name in trial.params for trial in complete)]
-        if names:
-            yield names
+        def shares(names: Sequence[str]) -> dict[str, float]:
+            having = [trial for trial in complete if all(name in trial.params for name in names)]
+            if len(having) < _LEAST_TRIALS or len({trial.value for trial in having}) < 2:
+                return {}
+            try:
+                with _quiet():
+                    found = optuna.importance.get_param_importances(
+                        self.study, evaluator=evaluator, params=list(names)
+                    )
+            except (ValueError, RuntimeError):  # the same value in all of them
+                return {}
+            return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+        always = [p.name for p in self.space.parameters if all(p.name in trial.params for trial in complete)]
+        conditional: dict[str, float] = {}
+        for parameter in self.space.parameters:
+            if parameter.name not in always:
+                share = shares([*always, parameter.name]).get(parameter.name)
+                if share is not None:
+                    conditional[parameter.name] = share
+        ordered = sorted(shares(always).items(), key=lambda item: -item[1]) if always else []
+        return dict(ordered), conditional, method
 
     @property
     def _state(self) -> Any:
@@ -382,12 +394,12 @@ def _suggested(trial: optuna.Trial, parameter: Parameter) -> Scalar:
 def _sampler(optuna: Any, space: Space) -> Any:
     """Draws of a trial are a function of the sweep's seed, of the trial's number and of the trials before it."""
 
-    class Sampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+    class Sampler(optuna.samplers.BaseSampler):
         def __init__(self) -> None:
             self._inner: Any = None
 
         def before_trial(self, study: Any, trial: Any) -> None:
-            # Seeded by the trial's number: two processes never draw the same, and one that goes on draws the same again.
+            # Seeded by the trial's number: two processes never draw the same; one that goes on draws the same again.
             seed = int(np.random.SeedSequence([space.seed, trial.number]).generate_state(1)[0])
             if space.method == "tpe":
                 with _quiet():
@@ -438,6 +450,6 @@ def _quiet() -> Iterator[None]:
 
 
 def definition_of(space: Space, base: Mapping[str, Any]) -> str:
-    """What must agree between all processes of a study: the space, and the fixed settings but for where they compute."""
+    """What must agree between all processes of a study: space and fixed settings, but for where they compute."""
     free = ("cache", "compile", "device", "kernels", "output", "plugins", "threads")
     return json.dumps([space.describe(), {k: v for k, v in base.items() if k not in free}], sort_keys=True)

@@ -22,7 +22,7 @@ from mtbert.engine.reproduction import CONSOLE, FAILURE
 from mtbert.engine.run_folder import RunFolder
 from mtbert.engine.shared import SharedParts
 from mtbert.engine.tensorboard import Listener
-from mtbert.errors import ConfigError, Interrupted, UserError
+from mtbert.errors import Interrupted, UserError
 from mtbert.evaluation.run import Run, read_run
 from mtbert.sweeps.space import Read, Space
 from mtbert.sweeps.study import MOST_ATTEMPTS, Claim, Study
@@ -249,6 +249,3 @@ def _note_failure(folder: Path, reason: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not end the other trials
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / FAILURE, (json.dumps(note, indent=2) + "\n").encode())
-
-
-__all__ = ["TRIALS", "ConfigError", "Outcome", "Pruned", "Workshop", "remove_checkpoints", "trial_name"]

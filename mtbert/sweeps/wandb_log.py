@@ -47,19 +47,14 @@ def wandb_run(
     def listen(record: dict[str, Any]) -> None:
         run.log(dict(scalars(record)), step=record["step"])
 
-    code = 1
+    code = 0
     try:
         yield listen
-        code = 0
     except BaseException as error:
-        run.summary["ended"] = type(error).__name__.lower()
-        code = (
-            0
-            if type(error).__name__ == "Pruned"
-            else Interrupted.exit_code
-            if isinstance(error, (Interrupted, KeyboardInterrupt))
-            else 1
-        )
+        name = type(error).__name__
+        run.summary["ended"] = name.lower()
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        code = Interrupted.exit_code if stopped else 0 if name == "Pruned" else 1
         raise
     finally:
         run.finish(exit_code=code)

@@ -95,7 +95,7 @@ def supervise(command: Sequence[str], study: Study, *, jobs: int, threads: int, 
                 if process.returncode == 0:
                     continue
                 if process.returncode > 0:  # it has said why on standard error
-                    code = process.returncode
+                    code = process.returncode if code in (0, Interrupted.exit_code) else code
                     _ask(running, signal.SIGINT)
                     continue
                 restarts += 1

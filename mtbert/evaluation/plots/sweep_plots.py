@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mtbert.evaluation.plots.style import (
     BLACK,
     BLUE,
     GREY,
+    SKY,
     VERMILION,
     Source,
     empty,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 _COLOURS = colormaps["viridis"]
 _LABEL = 22
+_ABSENT = -0.13
+"""Where lines pass the axis of a parameter that their trial does not have."""
+_FEW = 6
+"""So many values of a number get a word each."""
 
 
 def history_plot(trials: Sequence[SweepTrial], source: Source) -> Figure:
@@ -70,7 +75,7 @@ def curves_plot(trials: Sequence[SweepTrial], source: Source) -> Figure | None:
         (trial for trial in trials if trial.state == "complete"), key=lambda trial: -(trial.score or 0.0)
     )
     shown = {trial.number: place for place, trial in enumerate(ranked[:5])}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: shown.get(trial.number, -1)):
         steps, values = list(trial.curve), list(trial.curve.values())
         if trial.number in shown:
             place = shown[trial.number]
@@ -93,8 +98,8 @@ def curves_plot(trials: Sequence[SweepTrial], source: Source) -> Figure | None:
                 marker="x" if dashed else "",
                 markersize=3,
             )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    legend(axes, loc="lower right", title="dotted: pruned", title_fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dotted: pruned", title_fontsize=8)
     return figure
 
 
@@ -125,25 +130,27 @@ def parallel_plot(
         "score",
         [(share, f"{low + share * (high - low):.3f}") for share in (0, 0.25, 0.5, 0.75, 1)],
     )
+    absent = any(name not in trial.values for trial in [*pruned, *complete] for name in names)
     for trial in [*pruned, *complete]:
         points = [
-            (place, scale.share(trial.values[name]))
+            (place, scale.share(trial.values[name]) if name in trial.values else _ABSENT)
             for place, (name, scale) in enumerate(zip(names, scales, strict=True))
-            if name in trial.values
         ]
         done = trial.state == "complete"
         if done:
-            points.append((len(names), colours(trial.score)))
+            points.append((len(names), colours(trial.score or 0.0)))
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color=_COLOURS(colours(trial.score)) if done else "#CCCCCC",
+            color=_COLOURS(colours(trial.score or 0.0)) if done else "#CCCCCC",
             linewidth=1.4 if done else 0.7,
             alpha=0.85 if done else 0.6,
             zorder=2 if done else 1,
         )
     axes.set_xlim(-0.3, len(names) + 0.55)
-    axes.set_ylim(-0.06, 1.16)
+    if absent:
+        axes.text(-0.25, _ABSENT, "not in the trial", size=7, color=GREY, va="center")
+    axes.set_ylim(_ABSENT - 0.06 if absent else -0.06, 1.16)
     bar = figure.colorbar(ScalarMappable(colours, _COLOURS), ax=axes, fraction=0.03, pad=0.01)
     bar.set_label("dev score (grey: pruned)", size=9)
     bar.ax.tick_params(labelsize=8)
@@ -171,7 +178,7 @@ class _Scale:
         if self.numeric:
             ends = [self._number(value) for value in (min(values), max(values))]
             self.low, self.high = ends[0], ends[1] if ends[1] > ends[0] else ends[0] + 1e-9
-            self.few = sorted(set(values)) if len(set(values)) <= 6 else []
+            self.few = sorted(set(values)) if len(set(values)) <= _FEW else []
 
     def _number(self, value: float) -> float:
         return math.log10(value) if self.log and value > 0 else float(value)
@@ -233,8 +240,11 @@ def slice_plot(
                 label=state,
             )
         if numeric:
+            values = sorted({float(trial.values[name]) for trial in having})
             if name in log_scales:
-                _log_axis(axes, [float(trial.values[name]) for trial in having])
+                _log_axis(axes, values)
+            elif len(values) <= _FEW:
+                axes.set_xticks(values, [f"{value:.3g}" for value in values])
         else:
             axes.set_xticks(
                 range(len(labels)), [_cut(label) for label in labels], rotation=20 if len(labels) > 3 else 0
@@ -261,20 +271,28 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
 
 
-def importance_plot(importances: Mapping[str, float], method: str, source: Source) -> Figure:
-    """The share of each parameter in what makes scores differ."""
-    names = list(importances)
-    figure = new_figure(6.5, 1.1 + 0.3 * len(names), source)
+def importance_plot(
+    importances: Mapping[str, float], conditional: Mapping[str, float], method: str, source: Source
+) -> Figure:
+    """The share of each parameter in what makes scores differ; conditional ones among the trials that have them."""
+    shares = sorted((dict(importances) | dict(conditional)).items(), key=lambda item: -item[1])
+    figure = new_figure(6.5, 1.3 + 0.3 * len(shares), source)
     axes = figure.add_subplot()
     tidy(axes, "Importance", f"importance ({method}, complete trials)", "")
-    values = [importances[name] for name in names]
-    axes.barh(range(len(names)), values, color=BLUE, height=0.62)
-    for place, value in enumerate(values):
-        axes.text(value + 0.01, place, f"{value:.2f}", va="center", size=8)
-    axes.set_yticks(range(len(names)), [_cut(name, 40) for name in names])
-    axes.set_xlim(0, max(values) * 1.15 + 0.01)
+    for kind, colour, label in (
+        (importances, BLUE, "of all trials"),
+        (conditional, SKY, "among the trials that have it"),
+    ):
+        places = [place for place, (name, _) in enumerate(shares) if name in kind]
+        axes.barh(places, [shares[place][1] for place in places], color=colour, height=0.62, label=label)
+    for place, (_, value) in enumerate(shares):
+        axes.text(value + 0.005, place, f"{value:.2f}", va="center", size=8)
+    axes.set_yticks(range(len(shares)), [_cut(name, 40) for name, _ in shares])
+    axes.set_xlim(0, max(value for _, value in shares) * 1.15 + 0.01)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+    if conditional:
+        legend(axes, loc="lower right")
     return figure
 
 
