@@ -261,7 +261,10 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     for name in ("config", "preset", "resume", "debug", "__default_config__"):
         fields.pop(name, None)
     task = {name: fields.pop(name) for name in TASKS if name in fields}
-    config = TrainConfig(**fields, task=task)
+    try:
+        config = TrainConfig(**fields, task=task)
+    except (TypeError, ValueError, AttributeError) as error:  # null, where a field must have a value
+        raise ConfigError(f"a value is of another kind than its field ({error})") from error
     config.task = {name: config.task[name] for name in tasks_with_settings(config)}
     return config
 

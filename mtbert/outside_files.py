@@ -112,7 +112,7 @@ def parse_yaml_object(text: str, path: Path, error: type[UserError]) -> dict[str
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MOST_DEPTH:
                 raise error(f"{path}: is nested more than {_MOST_DEPTH} levels deep")
-        found = yaml.safe_load(text)
+        found = yaml.safe_load(text) or {}
     except yaml.YAMLError as problem:
         raise error(f"{path}: not a YAML file of plain values ({_in_one_line(problem)})") from None
     except (ValueError, TypeError, OverflowError) as problem:  # a number or a date that Python cannot hold

@@ -73,7 +73,9 @@ class Tokeniser:
             for name in ("cls_token", "sep_token", "pad_token")
             if config.get(name)
         }
-        complete, vocabulary = (own_file(folder, name, ModelFileError) for name in ("tokenizer.json", "vocab.txt"))
+        complete, vocabulary = (
+            own_file(folder, name, ModelFileError) for name in ("tokenizer.json", "vocab.txt")
+        )
         if complete.is_file():
             # Parsed here first: it bounds what the library gets to see.
             parsed = read_json_object(complete, ModelFileError)
@@ -81,8 +83,12 @@ class Tokeniser:
                 return cls(Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False)), special, str(complete))
             except (UserError, KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:  # the library raises bare Exception, and BaseException where it panics
-                raise ModelFileError(f"{complete}: cannot be read as a tokeniser: {str(error):.300}") from None
+            except (
+                BaseException
+            ) as error:  # the library raises bare Exception, and BaseException where it panics
+                raise ModelFileError(
+                    f"{complete}: cannot be read as a tokeniser: {str(error):.300}"
+                ) from None
         if vocabulary.is_file():
             return cls(_word_piece(vocabulary, described, config), special, str(vocabulary))
         raise ModelFileError(
@@ -253,7 +259,9 @@ def _token(path: Path, name: str, value: Any) -> str:
 
 def _word_piece(path: Path, described: Path, config: dict[str, Any]) -> Tokenizer:
     text = read_text(path, ModelFileError, MOST_JSON_BYTES)
-    vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(text.removesuffix("\n").split("\n"))}
+    vocabulary = {
+        line.removesuffix("\r"): number for number, line in enumerate(text.removesuffix("\n").split("\n"))
+    }
     for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
         if not isinstance(config.get(name), bool | None):
             raise ModelFileError(f"{described}: {name}: expected true or false, found {config[name]!r:.80}")

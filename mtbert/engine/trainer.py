@@ -365,7 +365,9 @@ class Trainer:
             return
         before = checkpoint.state.get("fingerprint")
         if not isinstance(before, dict) or not isinstance(before.get("environment"), dict):
-            raise CheckpointError(f"{checkpoint.path} does not say what it was trained on; it cannot be resumed from")
+            raise CheckpointError(
+                f"{checkpoint.path} does not say what it was trained on; it cannot be resumed from"
+            )
         if before.get("data") != self.fingerprint["data"]:
             raise CheckpointError(
                 f"{checkpoint.path}: the training data is not what the run began with (its tokens or labels"

@@ -197,7 +197,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return result
 
 
-_FIGURES = ("epoch", "seconds", "tokens", "score", "skipped", "lr", "grad_norm", "total_loss", "tokens_per_second")
+_FIGURES = (
+    "epoch",
+    "seconds",
+    "tokens",
+    "score",
+    "skipped",
+    "lr",
+    "grad_norm",
+    "total_loss",
+    "tokens_per_second",
+)
 _GROUPS = ("loss", "train_loss", "dev_loss", "objective", "weights", "gradients", "embedding")
 
 
@@ -244,5 +254,7 @@ def _is_score(key: str, value: Any) -> bool:
             for one in value
         )
     if key == "confusion":
-        return isinstance(value, list) and all(isinstance(row, list) and all(map(_is_figure, row)) for row in value)
+        return isinstance(value, list) and all(
+            isinstance(row, list) and all(map(_is_figure, row)) for row in value
+        )
     return _is_figure(value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
+from mtbert.errors import DataError
 from mtbert.evaluation.predictions import check_outputs, predictions_from_outputs
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ class TaskScores:
             fields["confusion"] = tuple(tuple(row) for row in fields.get("confusion", ()))
             return cls(**fields)
         except TypeError as error:
-            raise DataError(f"metrics.jsonl: these are not the scores of a task: {str(dict(values))[:80]}") from error
+            raise DataError(
+                f"metrics.jsonl: these are not the scores of a task: {str(dict(values))[:80]}"
+            ) from error
 
 
 def class_names(task: Task) -> tuple[str, ...]:

@@ -177,8 +177,10 @@ def _parse_line(place: str, line: str, task: Task) -> tuple[str, int | float | N
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not (
-        isinstance(value, int) and abs(value) >= 2**63
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and not (isinstance(value, int) and abs(value) >= 2**63)
     )
 
 

@@ -135,7 +135,9 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
             raise DataError(f"{path}: {place}: expected {expected}, found {str(found)[:80]}")
 
     names = info.get("tasks", [])
-    expect(isinstance(names, list) and all(isinstance(n, str) for n in names), "tasks", "a list of names", names)
+    expect(
+        isinstance(names, list) and all(isinstance(n, str) for n in names), "tasks", "a list of names", names
+    )
     for name in ("versions", "parameters"):
         expect(isinstance(info.get(name), dict | None), name, "an object", info.get(name))
     data = info.get("data") or {}
@@ -145,12 +147,27 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
         for split, facts in splits.items():
             place = f"data.{task}.{split}"[:80]
             expect(isinstance(facts, dict), place, "an object", facts)
-            for name in ("rows", "problem_count", "duplicate_ids", "truncated", "max_length", "tokens", "overlap"):
+            for name in (
+                "rows",
+                "problem_count",
+                "duplicate_ids",
+                "truncated",
+                "max_length",
+                "tokens",
+                "overlap",
+            ):
                 expect(_is_count(facts.get(name, 0)), f"{place}.{name}", "a count", facts.get(name))
-            expect(isinstance(facts.get("problems", []), list), f"{place}.problems", "a list", facts.get("problems"))
+            expect(
+                isinstance(facts.get("problems", []), list),
+                f"{place}.problems",
+                "a list",
+                facts.get("problems"),
+            )
             labels = facts.get("labels")
             counts = labels.get("counts") if isinstance(labels, dict) else labels
-            holds = isinstance(counts, list) and 0 < len(counts) <= _MOST_CLASSES and all(map(_is_count, counts))
+            holds = (
+                isinstance(counts, list) and 0 < len(counts) <= _MOST_CLASSES and all(map(_is_count, counts))
+            )
             expect(labels is None or holds, f"{place}.labels", "counts, or null", labels)
 
 

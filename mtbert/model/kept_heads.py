@@ -40,7 +40,9 @@ def load_heads(model: MultiTaskModel, folder: Path) -> list[str]:
                     continue
                 strange = [name for name in found if facts[name].dtype not in ("F64", "F32", "F16", "BF16")]
                 if strange:
-                    raise ModelFileError(f"{path}: {strange[0]} has dtype {facts[strange[0]].dtype:.20}, expected floats")
+                    raise ModelFileError(
+                        f"{path}: {strange[0]} has dtype {facts[strange[0]].dtype:.20}, expected floats"
+                    )
                 with torch.no_grad():
                     for name, value in own.items():
                         value.copy_(file.get_tensor(name))
