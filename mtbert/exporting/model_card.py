@@ -131,7 +131,8 @@ def _licence_text(exported: ExportedRun) -> str:
             "Unknown: nothing says the licence of the weights that training began from. Find it out before passing the"
             " model on. The tables that it was trained on have licences of their own."
         )
-    return f"{found}, that of the weights that training began from. The tables that it was trained on have licences of their own."
+    tables = "The tables that it was trained on have licences of their own."
+    return f"{escape(found)}, that of the weights that training began from. {tables}"
 
 
 def _introduction(exported: ExportedRun, run: Run) -> str:
@@ -143,8 +144,8 @@ def _introduction(exported: ExportedRun, run: Run) -> str:
     return (
         f"A BERT encoder ({exported.encoder.config.num_hidden_layers} layers of width"
         f" {exported.encoder.config.hidden_size}) that mtbert {mtbert.__version__} trained on {titles}"
-        f" (mode {config.mode}), beginning from {began}. This folder holds {what}: step {exported.loaded.step}, the best"
-        f" checkpoint of run {escape(run.name)}."
+        f" (mode {config.mode}), beginning from {began}. This folder holds {what}: step {exported.loaded.step}, the"
+        f" best checkpoint of run {escape(run.name)}."
     )
 
 
@@ -210,8 +211,8 @@ def _limits(exported: ExportedRun, run: Run, format_name: str) -> str:
             limits.append(f"{name}: training kept the {end} of longer texts; this tokeniser keeps the head.")
     if format_name == "peft":
         limits.append(
-            "PEFT carries the adapters alone; the heads are in heads.safetensors, which mtbert reads. In training, query,"
-            " key and value shared one dropout mask on their adapters' input; PEFT draws one for each."
+            "PEFT carries the adapters alone; the heads are in heads.safetensors, which mtbert reads. In training,"
+            " query, key and value shared one dropout mask on their adapters' input; PEFT draws one for each."
         )
     if format_name == "hf" and exported.name is not None and config.task[exported.name].head.pooling == "cls":
         limits.append(

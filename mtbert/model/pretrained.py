@@ -257,7 +257,7 @@ def load_encoder(
                     target.copy_(file.get_tensor(stored[name]))
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"{path}: is truncated or not a safetensors file ({error}); download it again"
+            f"{path}: is truncated or not a safetensors file ({error!s:.300}); download it again"
         ) from None
     encoder.pooler_is_pretrained = "pooler.dense.weight" in stored
     if not encoder.pooler_is_pretrained:
