@@ -42,7 +42,7 @@ def write_card(exported: ExportedRun, folder: Path, format_name: str, name: str)
     sections = [
         f"---\n{header}---",
         f"# {escape(name)}",
-        _introduction(exported, run),
+        _introduction(exported, run, format_name),
         "## Use\n\n" + _use(exported, folder, format_name, name),
         "## Data\n\n" + _data(exported, run),
         "## Results\n\n" + _metrics(run, results),
@@ -135,12 +135,19 @@ def _licence_text(exported: ExportedRun) -> str:
     return f"{escape(found)}, that of the weights that training began from. {tables}"
 
 
-def _introduction(exported: ExportedRun, run: Run) -> str:
+def _introduction(exported: ExportedRun, run: Run, format_name: str) -> str:
     config = exported.config
     titles = ", ".join(escape(task.title) for task in exported.loaded.tasks.values())
     base = exported.base_model
     began = f"[{base}](https://huggingface.co/{base})" if base else "a model of a local folder"
-    what = f"the task {escape(exported.task.title)}" if exported.name else "the encoder, for all tasks"
+    what = (
+        "the adapters of"
+        if format_name == "peft"
+        else "the encoder with the head of"
+        if exported.name
+        else "the encoder of"
+    )
+    what += f" the task {escape(exported.task.title)}" if exported.name else " all tasks"
     return (
         f"A BERT encoder ({exported.encoder.config.num_hidden_layers} layers of width"
         f" {exported.encoder.config.hidden_size}) that mtbert {mtbert.__version__} trained on {titles}"
@@ -220,7 +227,7 @@ def _limits(exported: ExportedRun, run: Run, format_name: str) -> str:
             " without a task."
         )
     limits.append(
-        "The tasks' tables are English and small; the model has the biases of its data and of its base."
+        "The model has the languages and the biases of its tables and of its base; nothing else was measured."
     )
     return "\n".join(f"- {limit}" for limit in limits)
 
