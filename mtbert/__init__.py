@@ -30,8 +30,8 @@ def load(
     device: auto, cpu, cuda or cuda:N. precision: what the encoder computes in (float32, tf32, bf16, fp16, auto); by
     default what the run was trained in, and auto (bf16 where the hardware multiplies it) where there is no run.
     max_tokens: of a pass, by default the run's, or 4096: its memory; results do not depend on it beyond rounding.
-    threads: of PyTorch during the model's calls; by default those that the process has. trust_plugins: import the plugins
-    that a run's configuration names; they are Python code, which can do anything.
+    threads: of PyTorch during the model's calls; by default those that the process has.
+    trust_plugins: import the plugins that a run's configuration names; they are Python code, which can do anything.
 
     Raises `mtbert.errors.UserError` for what cannot be loaded, with the reason.
     """

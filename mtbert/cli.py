@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -16,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -272,9 +274,28 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     for name in ("config", "preset", "resume", "debug", "__default_config__"):
         fields.pop(name, None)
     task = {name: fields.pop(name) for name in TASKS if name in fields}
-    config = TrainConfig(**fields, task=task)
+    try:
+        config = TrainConfig(**fields, task=task)
+    except (TypeError, ValueError, AttributeError) as error:  # null, where a field must have a value
+        raise ConfigError(f"a value is of another kind than its field ({error})") from error
     config.task = {name: config.task[name] for name in tasks_with_settings(config)}
+    _refuse_nulls(config)
     return config
+
+
+def _refuse_nulls(values: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a null where a field must have a value: the parser lets it pass."""
+    hints = get_type_hints(type(values))
+    for field in dataclasses.fields(values):
+        value, name = getattr(values, field.name), f"{prefix}{field.name}"
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if (value is None and NoneType not in get_args(hints[field.name])) or None in inside:
+            raise ConfigError(f"{name}: expected a value, found null")
+        if dataclasses.is_dataclass(value):
+            _refuse_nulls(value, f"{name}.")
+        for key, entry in value.items() if isinstance(value, dict) else ():
+            if dataclasses.is_dataclass(entry):
+                _refuse_nulls(entry, f"{key}.")
 
 
 def parse_or_explain(parser: ArgumentParser, arguments: list[str]) -> Namespace:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MOST_JSON_BYTES = 64 << 20
 MOST_YAML_BYTES = 1 << 20
 _MOST_DEPTH = 64  # of nested lists and objects: a configuration has four levels
 _MOST_HEADER_BYTES = 64 << 20
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{1,15}")
 _ELEMENT_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -107,16 +109,15 @@ def parse_yaml_object(text: str, path: Path, error: type[UserError]) -> dict[str
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
-                raise error(f"{path}, line {line}: anchors and aliases are not read; write the value out")
+                raise error(f"{path}: anchors and aliases are not read; write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MOST_DEPTH:
                 raise error(f"{path}: is nested more than {_MOST_DEPTH} levels deep")
-        found = yaml.safe_load(text)
+        found = yaml.safe_load(text) or {}
     except yaml.YAMLError as problem:
         raise error(f"{path}: not a YAML file of plain values ({_in_one_line(problem)})") from None
     except (ValueError, TypeError, OverflowError) as problem:  # a number or a date that Python cannot hold
-        raise error(f"{path}: holds an impossible value ({problem})") from None
+        raise error(f"{path}: holds an impossible value ({problem!s:.200})") from None
     if not isinstance(found, dict):
         raise error(f"{path}: expected fields with values, found {type(found).__name__}")
     return found
@@ -161,20 +162,26 @@ def _facts_of(entry: Any, room: int) -> TensorFacts | None:
     """One entry of a header, or None where it cannot be true of a file with that many bytes of data."""
     if not isinstance(entry, dict):
         return None
-    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _whole_numbers(shape) or not _whole_numbers(offsets):
+    dtype, shape, offsets = (
+        entry.get("dtype"),
+        _counts(entry.get("shape")),
+        _counts(entry.get("data_offsets")),
+    )
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or shape is None or offsets is None:
         return None
-    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= room or max(shape, default=0) > room + 1:
+    if len(shape) > 8 or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
         return None
-    if len(shape) > 8 or (
-        dtype in _ELEMENT_BYTES and math.prod(shape) * _ELEMENT_BYTES[dtype] != offsets[1] - offsets[0]
-    ):
+    if max(shape, default=0) > room + 1:
         return None
-    return TensorFacts(dtype, tuple(shape))
+    if dtype in _ELEMENT_BYTES and math.prod(shape) * _ELEMENT_BYTES[dtype] != offsets[1] - offsets[0]:
+        return None
+    return TensorFacts(dtype, shape)
 
 
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _counts(values: Any) -> tuple[int, ...] | None:
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        return None
+    return tuple(values)
 
 
 def _in_one_line(problem: Exception) -> str:

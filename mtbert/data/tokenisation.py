@@ -27,6 +27,7 @@ _MAGIC = b"mtbert-tokens-1\n"
 # magic, texts, sha256 of what follows: offsets int64 [texts + 1] (aligned to 8 bytes) and tokens int32
 _HEADER = struct.Struct("<16sq32s8x")
 _TEXTS_PER_CALL = 8192
+_MOST_TOKENS = 4_000_000  # the largest vocabularies have a million
 
 
 class Tokeniser:
@@ -34,8 +35,8 @@ class Tokeniser:
 
     A text that spells a special token (`[SEP]`) is tokenised as the ordinary characters it is made of.
     `cls_id`, `sep_id`, `pad_id` are the ids of the special tokens, `vocabulary_size` the number of
-    ids, `largest_id` the last of them, and `fingerprint` changes with everything that can change an id: vocabulary, normaliser, version of
-    the library.
+    ids, `largest_id` the last of them, and `fingerprint` changes with everything that can change an id: vocabulary,
+    normaliser, version of the library.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Tokeniser:
         if complete.is_file():
             # Parsed here first: it bounds what the library gets to see.
             parsed = read_json_object(complete, ModelFileError)
+            _check_ids(complete, parsed)
             try:
                 return cls(Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False)), special, str(complete))
             except (UserError, KeyboardInterrupt, SystemExit):
@@ -86,9 +88,7 @@ class Tokeniser:
             except (
                 BaseException
             ) as error:  # the library raises bare Exception, and BaseException where it panics
-                raise ModelFileError(
-                    f"{complete}: cannot be read as a tokeniser: {str(error):.300}"
-                ) from None
+                raise ModelFileError(f"{complete}: cannot be read as a tokeniser: {error!s:.300}") from None
         if vocabulary.is_file():
             return cls(_word_piece(vocabulary, described, config), special, str(vocabulary))
         raise ModelFileError(
@@ -247,6 +247,17 @@ def _load(path: Path, texts: int) -> tuple[np.ndarray, np.ndarray] | None:
     if magic != _MAGIC or found_texts != texts or hashlib.sha256(payload.data).digest() != digest:
         return None
     return payload[8 * (texts + 1) :].view("<i4"), payload[: 8 * (texts + 1)].view("<i8")
+
+
+def _check_ids(path: Path, parsed: dict[str, Any]) -> None:
+    """Raise ModelFileError for token ids that no vocabulary has: the library makes room for all below them."""
+    model, added = parsed.get("model"), parsed.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    wrong = next((found for found in ids if type(found) is not int or not 0 <= found < _MOST_TOKENS), None)
+    if wrong is not None:
+        raise ModelFileError(f"{path}: expected token ids below {_MOST_TOKENS:,}, found {wrong!r:.40}")
 
 
 def _token(path: Path, name: str, value: Any) -> str:

@@ -322,7 +322,7 @@ def _write_file(path: Path, data: bytes) -> FileRecord:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
+    return str(getattr(error, "strerror", None) or error)[:300]
 
 
 def _own(path: Path) -> Path:
@@ -359,11 +359,11 @@ def _read_manifest(path: Path, step: int) -> _Manifest:
     try:
         if fields["format"] > FORMAT:
             raise CheckpointError(
-                f"{path} was written by a newer mtbert (checkpoint format {fields['format']}; "
+                f"{path} was written by a newer mtbert (checkpoint format {fields['format']!r:.40}; "
                 f"this one reads up to {FORMAT}): use that version, or a newer one"
             )
         if fields["step"] != step:
-            raise _Unusable(f"it is the checkpoint of step {fields['step']} under another name")
+            raise _Unusable(f"it is the checkpoint of step {fields['step']!r:.40} under another name")
         files = {name: FileRecord(**fields["files"][name]) for name in (MODEL, OPTIMIZER, STATE)}
         best = fields["best_step"]
         if best is not None and (type(best) is not int or best < 0):
@@ -372,7 +372,7 @@ def _read_manifest(path: Path, step: int) -> _Manifest:
             raise _Unusable(f"{COMPLETE} is damaged (it has impossible sizes)")
         return _Manifest(step, best, files)
     except (KeyError, TypeError, AttributeError) as error:
-        raise _Unusable(f"{COMPLETE} is damaged ({type(error).__name__}: {error})") from error
+        raise _Unusable(f"{COMPLETE} is damaged ({type(error).__name__}: {error!s:.80})") from error
 
 
 def _check_size(path: Path, wanted: FileRecord) -> None:

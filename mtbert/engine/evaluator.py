@@ -22,7 +22,6 @@ from mtbert.losses.task_losses import TaskLoss
 from mtbert.ranges import span
 from mtbert.tasks.registry import Task
 
-
 MAX_RESAMPLES = 1_000_000
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
+from mtbert.errors import DataError
 from mtbert.evaluation.ordinal import mean_absolute_error, moments, quadratic_kappa
 from mtbert.evaluation.predictions import check_outputs, predictions_from_outputs
 

@@ -158,7 +158,10 @@ def read_outputs(path: Path, task: Task, split: str) -> Predictions:
     label_type = np.float64 if task.kind == "similarity" else np.int64
     label_array = None if unlabelled else np.array(labels, dtype=label_type)
     output_array = np.array(outputs, dtype=np.float64).reshape(len(ids), task.outputs)
-    return Predictions(task.name, split, tuple(ids), label_array, check_outputs(task, output_array))
+    try:
+        return Predictions(task.name, split, tuple(ids), label_array, check_outputs(task, output_array))
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{path}: {error}") from error
 
 
 def _parse_line(place: str, line: str, task: Task) -> tuple[str, int | float | None, list[float]]:
@@ -173,7 +176,7 @@ def _parse_line(place: str, line: str, task: Task) -> tuple[str, int | float | N
     if not isinstance(outputs, list) or len(outputs) != task.outputs or not all(map(_is_number, outputs)):
         raise DataError(f'{place}: "outputs" must be {task.outputs} number(s), found {str(outputs)[:80]}')
     if label is not None and not _is_number(label):
-        raise DataError(f'{place}: "label" must be a number or null, found {label!r}')
+        raise DataError(f'{place}: "label" must be a number or null, found {label!r:.80}')
     if label is not None and task.kind != "similarity" and label not in range(task.classes):
         raise DataError(f"{place}: label {label!r} is not one of the {task.classes} classes of {task.name}")
     return str(row["id"]), label, outputs

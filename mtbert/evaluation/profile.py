@@ -10,6 +10,7 @@ from typing import Any
 from mtbert.errors import DataError
 from mtbert.evaluation.markdown import escape, image_links
 from mtbert.evaluation.table import Cell, markdown_table, table
+from mtbert.outside_files import read_json_object
 from mtbert.ranges import PHASES
 
 FOLDER = "profile"

@@ -63,7 +63,7 @@ def obstacle(task: Task, config: HeadConfig, width: int) -> str | None:
             f" ({task.name}.head.pair cross-encoder); {otherwise}"
         )
     if config.pooling == "mean":
-        return f"head.pooling mean, but BertForSequenceClassification reads the first token (cls or pooler); {otherwise}"
+        return f"head.pooling mean, but BertForSequenceClassification reads the first token; {otherwise}"
     layers = config.tower_layers + config.hidden_layers
     if not layers or config.activation == "none":
         return None
@@ -74,7 +74,10 @@ def obstacle(task: Task, config: HeadConfig, width: int) -> str | None:
         )
     if layers > 1 or config.pooling == "pooler":
         found = layers + (config.pooling == "pooler")
-        return f"{found} layers with an activation (pooler and hidden), but BertForSequenceClassification has one; {otherwise}"
+        return (
+            f"{found} layers with an activation (pooler and hidden), but BertForSequenceClassification has one;"
+            f" {otherwise}"
+        )
     if (config.hidden_size or width) > width:
         return f"head.hidden_size {config.hidden_size}, but it cannot be above the encoder's width {width}; {otherwise}"
     return None

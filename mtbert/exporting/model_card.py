@@ -42,7 +42,7 @@ def write_card(exported: ExportedRun, folder: Path, format_name: str, name: str)
     sections = [
         f"---\n{header}---",
         f"# {escape(name)}",
-        _introduction(exported, run),
+        _introduction(exported, run, format_name),
         "## Use\n\n" + _use(exported, folder, format_name, name),
         "## Data\n\n" + _data(exported, run),
         "## Results\n\n" + _metrics(run, results),
@@ -131,20 +131,28 @@ def _licence_text(exported: ExportedRun) -> str:
             "Unknown: nothing says the licence of the weights that training began from. Find it out before passing the"
             " model on. The tables that it was trained on have licences of their own."
         )
-    return f"{found}, that of the weights that training began from. The tables that it was trained on have licences of their own."
+    tables = "The tables that it was trained on have licences of their own."
+    return f"{escape(found)}, that of the weights that training began from. {tables}"
 
 
-def _introduction(exported: ExportedRun, run: Run) -> str:
+def _introduction(exported: ExportedRun, run: Run, format_name: str) -> str:
     config = exported.config
     titles = ", ".join(escape(task.title) for task in exported.loaded.tasks.values())
     base = exported.base_model
     began = f"[{base}](https://huggingface.co/{base})" if base else "a model of a local folder"
-    what = f"the task {escape(exported.task.title)}" if exported.name else "the encoder, for all tasks"
+    what = (
+        "the adapters of"
+        if format_name == "peft"
+        else "the encoder with the head of"
+        if exported.name
+        else "the encoder of"
+    )
+    what += f" the task {escape(exported.task.title)}" if exported.name else " all tasks"
     return (
         f"A BERT encoder ({exported.encoder.config.num_hidden_layers} layers of width"
         f" {exported.encoder.config.hidden_size}) that mtbert {mtbert.__version__} trained on {titles}"
-        f" (mode {config.mode}), beginning from {began}. This folder holds {what}: step {exported.loaded.step}, the best"
-        f" checkpoint of run {escape(run.name)}."
+        f" (mode {config.mode}), beginning from {began}. This folder holds {what}: step {exported.loaded.step}, the"
+        f" best checkpoint of run {escape(run.name)}."
     )
 
 
@@ -210,8 +218,8 @@ def _limits(exported: ExportedRun, run: Run, format_name: str) -> str:
             limits.append(f"{name}: training kept the {end} of longer texts; this tokeniser keeps the head.")
     if format_name == "peft":
         limits.append(
-            "PEFT carries the adapters alone; the heads are in heads.safetensors, which mtbert reads. In training, query,"
-            " key and value shared one dropout mask on their adapters' input; PEFT draws one for each."
+            "PEFT carries the adapters alone; the heads are in heads.safetensors, which mtbert reads. In training,"
+            " query, key and value shared one dropout mask on their adapters' input; PEFT draws one for each."
         )
     if format_name == "hf" and exported.name is not None and config.task[exported.name].head.pooling == "cls":
         limits.append(
@@ -219,7 +227,7 @@ def _limits(exported: ExportedRun, run: Run, format_name: str) -> str:
             " without a task."
         )
     limits.append(
-        "The tasks' tables are English and small; the model has the biases of its data and of its base."
+        "The model has the languages and the biases of its tables and of its base; nothing else was measured."
     )
     return "\n".join(f"- {limit}" for limit in limits)
 

@@ -1,8 +1,8 @@
 """Format onnx: the plain reference model with a run's weights, exported by `torch.onnx` and checked with onnxruntime.
 
 The graph takes any number of rows of any length up to the encoder's positions. Without a task it gives the encoder's
-`last_hidden_state` and `pooler_output`; with one, the task's `logits` or `score` (in label units). A head that joins two
-rows has two inputs, one for the first texts and one for the second.
+`last_hidden_state` and `pooler_output`; with one, the task's `logits` or `score` (in label units). A head that joins
+two rows has two inputs, one for the first texts and one for the second.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _write_adapter(exported: ExportedRun, folder: Path, task: str | None, base: 
             tensors[tensor_name(number, projection, "A")] = adapter.lora_a.detach()
             tensors[tensor_name(number, projection, "B")] = adapter.lora_b.detach()
     numbers = lora.layer_numbers(len(layers))
-    chosen = [name for name in PROJECTIONS if name in lora.projections]
+    chosen: list[str] = [name for name in PROJECTIONS if name in lora.projections]
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",

@@ -6,6 +6,7 @@ The files name the library's modules as its versions 2 to 5 do; later ones read 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,7 +98,11 @@ def _write_bi_encoder(exported: ExportedRun, folder: Path) -> None:
         for number, (path, kind) in enumerate(modules)
     ]
     write_json(folder / "modules.json", listed)
-    settings = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": head.features[0]}
+    settings: dict[str, Any] = {
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": head.features[0],
+    }
     write_json(
         folder / "config_sentence_transformers.json", {"model_type": "SentenceTransformer", **settings}
     )

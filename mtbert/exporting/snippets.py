@@ -114,7 +114,7 @@ def _from_similarity(exported: ExportedRun) -> str:
     feature = head.features[0]
     output = head.output
     if task.kind == "classification":
-        return f"The similarity is the {feature} of the embeddings; the logits that the head makes of it are not in this format."
+        return f"The similarity is the {feature} of the embeddings; what the head makes of it is not in this format."
     gain, offset = (1.0, 0.0) if output is None else (output.weight.item(), output.bias.item())
     if task.score_range is not None:
         low, high = task.score_range

@@ -48,5 +48,5 @@ def load_heads(model: MultiTaskModel, folder: Path) -> list[str]:
                         value.copy_(file.get_tensor(name))
                 loaded.append(task)
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: is damaged ({error})") from None
+        raise ModelFileError(f"{path}: is damaged ({error!s:.300})") from None
     return loaded

@@ -81,7 +81,8 @@ def load_adapters(encoder: BertEncoder, config: LoraConfig, folder: Path, tasks:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ModelFileError(f"model.adapter: there is no folder {folder}")
-    for task in tasks or [None]:
+    owners: Sequence[str | None] = tasks or (None,)
+    for task in owners:
         apart = folder / task if task is not None else folder
         _load(encoder, config, apart if (apart / ADAPTER_CONFIG).is_file() else folder, task)
 
@@ -112,7 +113,7 @@ def _load(encoder: BertEncoder, config: LoraConfig, folder: Path, task: str | No
                 for matrix, parameter in (("A", adapter.lora_a), ("B", adapter.lora_b)):
                     parameter.copy_(file.get_tensor(found[place][matrix][0]))
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path}: cannot be read ({error})") from None
+        raise ModelFileError(f"{path}: cannot be read ({error!s:.300})") from None
     if not all(adapter.delta().isfinite().all() for adapter in targets.values()):
         raise ModelFileError(f"{path}: holds values that are not finite")
 
@@ -130,10 +131,10 @@ def _refuse_other_kinds(path: Path, values: Mapping[str, Any]) -> None:
             )
     for name, kinds in (("r", int), ("lora_alpha", (int, float)), ("use_rslora", bool)):
         value = values.get(name, False if name == "use_rslora" else None)
-        if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
-            raise ModelFileError(
-                f"{path}: {name}: expected a {'truth value' if kinds is bool else 'number'}, found {value!r:.80}"
-            )
+        is_number = kinds is not bool and not isinstance(value, bool)
+        if not isinstance(value, kinds) or (kinds is not bool and not (is_number and 0 < value < 2**31)):
+            expected = "true or false" if kinds is bool else "a number above 0"
+            raise ModelFileError(f"{path}: {name}: expected {expected}, found {value!r:.80}")
 
 
 Places = dict[tuple[int, str], dict[str, tuple[str, tuple[int, ...]]]]

@@ -94,11 +94,11 @@ def test_special_tokens_of_another_spelling(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("other.txt", "", "found neither tokenizer.json nor vocab.txt"),
-        ("tokenizer.json", "{", r"tokenizer\.json: cannot be read as a tokeniser"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: found a list, expected a JSON object"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read as JSON"),
+        ("tokenizer.json", "{}", r"tokenizer\.json: cannot be read as a tokeniser"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, found list"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: is not JSON"),
         ("vocab.txt", "a\nb\n", r"vocab\.txt: the vocabulary has no \[UNK\]"),
-        ("vocab.txt", b"\xff\n", r"vocab\.txt: cannot be read as a vocabulary"),
+        ("vocab.txt", b"\xff\n", r"vocab\.txt: is not UTF-8 text"),
     ],
 )
 def test_broken_tokeniser_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

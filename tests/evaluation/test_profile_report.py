@@ -136,5 +136,5 @@ def test_reading(tmp_path: Path) -> None:
     assert found is not None
     assert found.values == FACTS
     path.write_text("{")
-    with pytest.raises(DataError, match=r"profile.json: cannot be read"):
+    with pytest.raises(DataError, match=r"profile.json: is not JSON"):
         read_profile(tmp_path)

@@ -227,7 +227,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run) -> None:
     with pytest.raises(ConfigError, match="trained the task"):
         write_report(folder, {"sst": TASKS["sst"]})
     (folder / "run.json").write_text("{")
-    with pytest.raises(DataError, match=r"run\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"run\.json: is not JSON"):
         write_report(folder, TASKS)
 
 

@@ -252,7 +252,7 @@ def test_unknown_activations(name: str, hint: str):
         ("pooling", "max", "head.pooling: unknown pooling 'max'; possible: cls, pooler, mean"),
         ("tower_layers", 5, "head.tower_layers: expected 0 to 4, found 5"),
         ("hidden_layers", -1, "head.hidden_layers: expected 0 to 4, found -1"),
-        ("hidden_size", 0, "head.hidden_size: expected at least 1, found 0"),
+        ("hidden_size", 0, "head.hidden_size: expected 1 to 16384, found 0"),
         ("dropout", 1.5, "head.dropout: expected a probability"),
         ("pair", "concat", "head.pair: expected cross-encoder, or a list of concat, difference"),
         ("pair", ["sum"], "head.pair: unknown feature 'sum'"),

@@ -296,7 +296,7 @@ def test_impossible_layers(layers, count: int, message: str):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("rank", 0, "lora.rank: expected at least 1, found 0"),
+        ("rank", 0, "lora.rank: expected 1 to 4096, found 0"),
         ("alpha", 0.0, "lora.alpha: expected a number above 0, found 0.0"),
         ("dropout", 1.0, "lora.dropout: expected a probability"),
         ("projections", [], "lora.projections: the list is empty"),

@@ -126,8 +126,8 @@ def test_segments_must_hold_every_token(tiny_bert: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": -1}, "model.pals.size: expected at least 0, found -1"),
-        ({"size": 12, "heads": 0}, "model.pals.heads: expected at least 1, found 0"),
+        ({"size": -1}, "model.pals.size: expected 0 to 16384, found -1"),
+        ({"size": 12, "heads": 0}, "model.pals.heads: expected 1 to 16384, found 0"),
         ({"size": 200}, "model.pals.size: 200 is not a multiple of model.pals.heads 12; possible: 192, 204"),
         ({"size": 5}, "model.pals.size: 5 is not a multiple of model.pals.heads 12; possible: 12"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from support.configs import config_of
 from torch import Tensor
 
@@ -56,9 +57,7 @@ def make_run(folder: Path, bert: Path | str, values: dict[str, Any], *, seed: in
 
 def loaded(run: RunFolder) -> tuple[LoadedRun, TrainConfig]:
     """The run's model for inference in float32, and its configuration."""
-    from mtbert.cli import config_from_file
-
-    config = config_from_file(run.config_path)
+    config = config_of(yaml.safe_load(run.config_path.read_text(encoding="utf-8")))
     return load_run(run, config, device="cpu"), config
 
 
