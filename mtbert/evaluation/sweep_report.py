@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mtbert.engine.environment import code_version
+from mtbert.errors import UserError
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.markdown import escape, image_links
 from mtbert.evaluation.plots.style import Source, save
@@ -139,7 +140,7 @@ def _facts(sweep: Sweep) -> str:
 def _halved(trial: SweepTrial) -> bool:
     try:
         return read_run(trial.folder).halved
-    except Exception:  # a trial of another machine has no folder here
+    except UserError:  # a trial of another machine has no folder here
         return False
 
 
