@@ -386,7 +386,7 @@ def plain_tensors(encoder: BertEncoder, *, task: str | None = None) -> dict[str,
     foldable = {"lora.per_task"} if task is not None else set()
     left = [name for name in encoder.additions if name not in foldable]
     if left:
-        hint = "; with --task its adapters are folded in" if left == ["lora.per_task"] else ""
+        hint = "; export --format with --task folds one task's in" if left == ["lora.per_task"] else ""
         raise ModelFileError(
             f"the encoder cannot be written as a BertModel, which has no place for {', '.join(left)}{hint}"
         )

@@ -150,5 +150,5 @@ def test_a_folder_without_heads(tiny_bert: Path) -> None:
 
 def test_a_damaged_file_of_heads(tiny_bert: Path, tmp_path: Path) -> None:
     (tmp_path / HEADS_FILE).write_bytes(b"nothing")
-    with pytest.raises(ModelFileError, match=r"heads\.safetensors: is damaged"):
+    with pytest.raises(ModelFileError, match=r"heads\.safetensors: is truncated or not a safetensors file"):
         load_heads(with_heads(tiny_bert, sst=0), tmp_path)

@@ -240,7 +240,11 @@ def test_heads_and_fewer_layers_can_be_written_as_a_bert(tmp_path: Path):
     ("mode", "options", "named"),
     [
         ("full", {"extra_hidden": EXTRA, "pals": PALS}, "model.extra_hidden, model.pals"),
-        ("lora", {"lora": replace(LORA, per_task=True)}, "lora.per_task"),
+        (
+            "lora",
+            {"lora": replace(LORA, per_task=True)},
+            "lora.per_task; export --format with --task folds one task's in",
+        ),
     ],
 )
 def test_other_variants_cannot(tiny_bert: Path, tmp_path: Path, mode: str, options: dict, named: str):
