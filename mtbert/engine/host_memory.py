@@ -12,9 +12,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # the names and numbers
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to serve large blocks from its heap and not to give them back between steps.
 
-    Training on a CPU allocates the same large tensors at every step. By default a block above 32 MiB (an embedding gradient, a feed-forward activation) is mapped anew at each
-    allocation, and the kernel clears its pages one fault at a time. Returns whether the C library took it;
-    elsewhere nothing changes but speed.
+    Training on a CPU allocates the same large tensors at every step. By default a block above 32 MiB (an embedding
+    gradient, a feed-forward activation) is mapped anew at each allocation, and the kernel clears its pages one fault at
+    a time. Returns whether the C library took it; elsewhere nothing changes but speed.
     """
     library = _glibc()
     if library is None:

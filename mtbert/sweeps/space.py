@@ -509,7 +509,9 @@ def checked(space: Space, read: Read, given: Sequence[str] = ()) -> Space:
         for parameter in space.parameters:
             _refuse_fields(parameter, pinned, parameters)
             # Conditions name labels as they stand in the file: 1e-3 is a word there.
-            when = {name: tuple(labels[name][label] for label in named) for name, named in parameter.when.items()}
+            when = {
+                name: tuple(labels[name][label] for label in named) for name, named in parameter.when.items()
+            }
             tried = _tried(dataclasses.replace(parameter, when=when), read, base)
             labels[parameter.name] = dict(zip(parameter.choices, tried.choices, strict=True))
             parameters.append(tried)

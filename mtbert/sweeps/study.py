@@ -127,7 +127,8 @@ class Study:
         except UserError:
             raise
         except Exception as error:
-            text = f"the study {name} in {storage or folder / JOURNAL} cannot be opened ({type(error).__name__}: {error})"
+            where = storage or folder / JOURNAL
+            text = f"the study {name} in {where} cannot be opened ({type(error).__name__}: {error})"
             raise UserError(_without_password(text, storage)) from None  # the traceback would show it, too
 
     def prepare(self, definition: str) -> None:
