@@ -23,6 +23,10 @@ from mtbert import compare, predict, sweep, train
 from mtbert.data.tables import write_table
 from mtbert.engine.shared import SharedParts
 from mtbert.errors import ConfigError, Interrupted, UserError
+from mtbert.evaluation import sweep_report
+from mtbert.evaluation.plots.style import Source
+from mtbert.evaluation.plots.sweep_plots import importance_plot, parallel_plot, slice_plot
+from mtbert.evaluation.run import read_run
 from mtbert.sweeps import study as study_module
 from mtbert.sweeps.space import read_space
 from mtbert.sweeps.study import Study
@@ -501,6 +505,35 @@ def test_weights_and_biases_get_every_trial(sweeps: Sweeps, monkeypatch: pytest.
         (0, {}),
         (1, {"ended": "nonfiniteerror"}),
     ]
+
+
+def test_a_start_has_its_own_threads_and_cache(sweeps: Sweeps) -> None:
+    """What may differ between two machines is neither kept in the folder nor passed over."""
+    space = sweeps.space({"seed": [0, 1]}, trials=1, method="random")
+    output = sweeps.run(space, "own", "--threads", 1)
+    other = sweeps.folder / "other"
+    threads = torch.get_num_threads()
+    try:
+        sweeps.run(space, "own", "--trials", 2, "--threads", 2, "--cache", other)
+    finally:
+        torch.set_num_threads(threads)
+    found = [read_run(folder).config() for folder in folders(output)]
+    assert [config["threads"] for config in found] == [1, 2]
+    assert [config["cache"] == str(other) for config in found] == [False, True]
+    with pytest.raises(ConfigError, match=r"was begun with epochs 1\.0, now it is 2\.0"):
+        sweeps.run(space, "own", "--trials", 2, "--epochs", 2)
+
+
+def test_words_in_plots_are_no_formulas() -> None:
+    name = r"$\frac{$"
+    importance_plot({name: 0.7}, {}, "fANOVA", Source("x", "y")).canvas.draw()
+    trial = sweep_report.SweepTrial(
+        0, "0000", "complete", 0.5, {name: name}, {1: 0.5}, [], {}, 1.0, "", Path()
+    )
+    for plot in (slice_plot, parallel_plot):
+        figure = plot([trial], [name], [], Source("x", "y"))
+        assert figure is not None
+        figure.canvas.draw()
 
 
 def test_the_command_line_says_what_it_needs(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:
