@@ -127,7 +127,10 @@ def _extra_body(text: str | None) -> dict[str, Any] | None:
 
 def _check_output(job: Job, *, overwrite: bool) -> None:
     """Nothing that is there is replaced unless asked, and never a table of the data."""
-    for path in (job.output, record_path(job.output), plot_path(job.output)):
+    written = (job.output, record_path(job.output), plot_path(job.output))
+    if job.cache_path.resolve() in [path.resolve() for path in written]:
+        raise ConfigError(f"--cache: {job.cache_path} is written by --output; give another name")
+    for path in written:
         if path.exists() and not overwrite:
             raise ConfigError(f"--output: {path} exists; give another name, or --overwrite to replace it")
     for file in job.task.files.values():

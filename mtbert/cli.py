@@ -328,8 +328,13 @@ def joined_extra_data(arguments: Sequence[str]) -> list[str]:
                 raise ConfigError("--extra-data: expected TASK=FILE, found nothing behind it")
             value = waiting.pop(0)
         if value.startswith("["):
-            listed = yaml.safe_load(value)
-            files += [str(entry) for entry in listed]
+            try:
+                listed = yaml.safe_load(value)
+            except yaml.YAMLError:
+                listed = None
+            if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+                raise ConfigError(f"--extra-data: expected TASK=FILE or a list of such, found {value!r}")
+            files += listed
         else:
             files.append(value)
     return [*rest, "--extra_data", json.dumps(files)] if files else rest

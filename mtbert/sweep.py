@@ -32,7 +32,8 @@ from mtbert.sweeps.workers import supervise, work
 BASE, SPACE = "base.yaml", "space.yaml"
 """What the sweep's folder keeps of the fixed settings, and of the search space."""
 _WORKER = "import sys; from mtbert.sweep import worker; worker(int(sys.argv.pop(1)))"
-_FREE_KEYS = ("cache", "device", "output", "plugins", "threads")  # may differ between two machines of a study
+_FREE_KEYS = ("cache", "device", "output", "plugins", "threads")
+"""May differ between two machines, or two starts, of a study: each start has its own."""
 
 
 def main(arguments: list[str]) -> None:
@@ -43,8 +44,6 @@ def main(arguments: list[str]) -> None:
     if options.report:
         _report(_opened(options, _stored_space(options), None), options)
         return
-    if options.threads is not None and options.jobs == 1:
-        given.append(f"--threads={options.threads}")
     read = train_reader([*space.fixed, *given])
     space = checked(space, read, given)
     if options.list:
@@ -56,7 +55,7 @@ def main(arguments: list[str]) -> None:
     study = _opened(options, space, base)
     try:
         if options.jobs == 1:
-            _work(options, space, study, 1)
+            _work(options, given, space, study)
         else:
             command = (sys.executable, "-c", _WORKER, str(os.getpid()), *arguments)
             threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
@@ -73,20 +72,23 @@ def worker(parent: int) -> None:
     """One of several processes of a sweep. It stops with a checkpoint when the process `parent` is gone."""
 
     def run(arguments: list[str]) -> None:
-        options, _ = _parser().parse_known_args(arguments)
+        options, given = _parser().parse_known_args(arguments)
         space = _stored_space(options)
-        _work(options, space, _opened(options, space, None), options.jobs)
+        _work(options, given, space, _opened(options, space, None))
 
     stop_with_parent(parent)
     run_main(run)
 
 
-def _work(options: argparse.Namespace, space: Space, study: Study, jobs: int) -> None:
-    read = _stored(options)
+def _work(options: argparse.Namespace, given: Sequence[str], space: Space, study: Study) -> None:
+    own = _own_options(given)
+    if options.threads is not None and options.jobs == 1:  # of several, the environment says it
+        own.append(f"--threads={options.threads}")
+    read = _stored(options, own)
     shared = None if options.separate else SharedParts(splits=("train", "dev"))
     workshop = Workshop(options.output, space, study, read, train.train, shared)
     with span("sweep"):
-        work(workshop, jobs=jobs, say=lambda line: print(line, flush=True))
+        work(workshop, jobs=options.jobs, say=lambda line: print(line, flush=True))
 
 
 # ---- the command line ----
@@ -217,12 +219,24 @@ def _stored_space(options: argparse.Namespace) -> Space:
     return checked(_space(options, path), _stored(options))
 
 
-def _stored(options: argparse.Namespace) -> Read:
-    """Reads a trial's options over the fixed settings that the folder keeps."""
+def _own_options(given: Sequence[str]) -> list[str]:
+    """Those of the training options of the command line that hold for this start alone."""
+    own: list[str] = []
+    taken = False
+    for argument in given:
+        if argument.startswith("--"):
+            taken = argument.split("=")[0][2:] in _FREE_KEYS
+        if taken:
+            own.append(argument)
+    return own
+
+
+def _stored(options: argparse.Namespace, own: Sequence[str] = ()) -> Read:
+    """Reads a trial's options over the fixed settings that the folder keeps, and over those of this start alone."""
     path = options.output / BASE
     if not path.is_file():
         raise UserError(f"{options.output} holds no sweep ({BASE} is missing)")
-    return train_reader(["--config", str(path)])
+    return train_reader(["--config", str(path), *own])
 
 
 def _opened(options: argparse.Namespace, space: Space, base: TrainConfig | None) -> Study:

@@ -33,6 +33,8 @@ class RejectedError(Exception):
 
 
 MOST_CHARACTERS = 100_000
+MOST_BLANK = 200
+"""Blanks and stars in a row: no sentence has more, and the expressions below would take long over them."""
 MOST_BRACES = 50
 """So many places are tried for the beginning of a JSON object."""
 _THOUGHT_ENDS = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
@@ -70,6 +72,7 @@ _DECLINED = re.compile(
     re.IGNORECASE,
 )
 _QUOTES = {'"': '"', "'": "'", "“": "”", "\u2018": "\u2019", "«": "»", "„": "“", "`": "`"}
+_BLANK = re.compile(rf"[\s*_]{{{MOST_BLANK}}}")
 _BULLET = re.compile(r"^\s*(?:[-*•]\s+|\d{1,2}[.)]\s+)")
 
 
@@ -129,6 +132,8 @@ def _from_json(values: dict[str, Any], layout: TableLayout) -> Answer:
 
 
 def _from_text(text: str, layout: TableLayout) -> Answer:
+    if _BLANK.search(text):
+        raise RejectedError(UNREADABLE)
     lines = [line.strip(" \r") for line in text.split("\n") if line.strip()]
     label: float | None = None
     kept: list[str] = []

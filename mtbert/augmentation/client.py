@@ -83,7 +83,7 @@ class ChatClient:
     def __init__(self, config: ServerConfig, cache: AnswerCache) -> None:
         self._config, self._cache = config, cache
         self._library: Any = load_openai()
-        self._key = os.environ.get(KEY) or NO_KEY
+        self._key = _key_of_environment()
         self.traffic = Traffic()
         self._fresh: set[str] = set()
         """The keys of answers that the server gave this time."""
@@ -318,6 +318,17 @@ class ChatClient:
 
 REFUSED = "the server refused the request"
 NO_ANSWER = "no answer from the server"
+
+
+def _key_of_environment() -> str:
+    """The key. Raises ConfigError, without it, for what no header can hold: libraries repeat that in their errors."""
+    key = os.environ.get(KEY, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(
+            f"the environment variable {KEY} holds a space or a character that no key has; expected letters, digits"
+            " and punctuation"
+        )
+    return key or NO_KEY
 
 
 def load_openai() -> Any:

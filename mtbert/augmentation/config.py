@@ -31,11 +31,15 @@ class ServerConfig:
     stream: bool = False
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"--base-url: expected an address like {LOCAL_SERVER}, found {parts.hostname or 'no host'}"
-            )
+        try:
+            parts = urlsplit(self.base_url)
+            found = parts.hostname or "no host"
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError as error:  # of brackets, or of the port; it may repeat what stands before the host
+            usable, found = False, "a port" if "ort" in str(error) else "brackets"
+            found += " that cannot be"
+        if not usable:
+            raise ConfigError(f"--base-url: expected an address like {LOCAL_SERVER}, found {found}")
         if parts.username or parts.password or parts.query:
             raise ConfigError(
                 "--base-url: holds a user, a password or a query; a key belongs into the environment, as"

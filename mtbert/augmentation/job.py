@@ -22,7 +22,7 @@ from mtbert.augmentation.prompt import Prompter
 from mtbert.augmentation.validation import Bounds, Validator, load_language
 from mtbert.data.held_out import HeldOut
 from mtbert.data.tables import Table
-from mtbert.errors import ConfigError
+from mtbert.errors import ConfigError, DataError
 from mtbert.tasks.loading import load_tables
 from mtbert.tasks.registry import Task
 
@@ -82,7 +82,7 @@ class Prepared:
     splits: dict[str, Table]
     held_out: HeldOut
     usable: list[int]
-    """Training rows that do not also stand in dev or test; of repairs: all of them."""
+    """Training rows that may be rewritten and shown: none of their sentences stands in dev or test, too."""
     slots: list[Slot]
 
     @property
@@ -111,9 +111,11 @@ def prepare(job: Job) -> Prepared:
     splits = load_tables(job.data, [job.task])[job.task.name]
     held_out = HeldOut(splits)
     train = splits["train"]
-    usable = list(range(len(train)))
-    if job.goal.kind != "clean":
-        usable = [row for row in usable if held_out.row(train.texts[row]) is None]
+    usable = [
+        row for row, texts in enumerate(train.texts) if all(held_out.sentence(text) is None for text in texts)
+    ]
+    if not usable:
+        raise DataError(f"{train.path}: every row has a sentence that also stands in dev or test")
     slots = plan_rows(job.task, train, job.goal, usable, attempts=job.attempts, seed=job.seed)
     return Prepared(splits, held_out, usable, slots)
 

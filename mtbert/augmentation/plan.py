@@ -97,7 +97,7 @@ def plan_rows(
         rows = by_group.get(group, [])
         if count and not rows:
             raise DataError(
-                f"{table.path}: no row of class {group} can be rewritten, all of them also stand in dev or test"
+                f"{table.path}: no row of class {group} can be rewritten: each has a sentence of dev or test"
             )
         order = [
             Draws(seed, task.name, group, cycle).shuffled(rows)

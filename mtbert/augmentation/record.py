@@ -125,7 +125,7 @@ def summary(job: Job, prepared: Prepared, made: Made, written: Iterable[Path]) -
     skipped = len(prepared.train) - len(prepared.usable)
     if skipped:
         lines.append(
-            f"{skipped:,} training rows also stand in dev or test: neither rewritten nor shown as examples"
+            f"{skipped:,} training rows have a sentence that also stands in dev or test: neither rewritten nor shown"
         )
     if made.traffic is not None:
         t = made.traffic

@@ -255,11 +255,14 @@ def table_text(table: Table, layout: TableLayout, more: Mapping[str, Sequence[st
     more = more or {}
     columns = ["", layout.id_column, *layout.text_columns]
     file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-    writer.writerow([*columns, *([] if table.labels is None else [layout.label_column]), *more])
+    plain = csv.writer(file, delimiter="\t", lineterminator="\n")
+    # Before Python 3.13 the writer leaves a lone carriage return bare, which then ends the line.
+    quoting = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow([*columns, *([] if table.labels is None else [layout.label_column]), *more])
     for number, (row_id, texts) in enumerate(zip(table.ids, table.texts, strict=True)):
         label = [] if table.labels is None else [table.labels[number].item()]
-        writer.writerow([number, row_id, *texts, *label, *(column[number] for column in more.values())])
+        row = [number, row_id, *texts, *label, *(column[number] for column in more.values())]
+        (quoting if any("\r" in str(cell) for cell in row) else plain).writerow(row)
     return file.getvalue()
 
 

@@ -32,7 +32,7 @@ from mtbert.tasks.registry import Task
 if TYPE_CHECKING:
     from mtbert.engine.features import FrozenForward
 
-_MOST_FEATURE_BYTES = 4 << 30
+_MOST_FEATURE_BYTES = 1 << 30
 
 
 class SharedParts:
@@ -92,6 +92,18 @@ class SharedParts:
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
         return contextlib.nullcontext(self._files[path])
+
+    def forget(self, run: Path) -> None:
+        """Drop what was read from models in a run's own folder: no other run has them."""
+
+        def apart(folder: Path) -> bool:
+            return not folder.resolve().is_relative_to(run.resolve())
+
+        self._folders = {name: folder for name, folder in self._folders.items() if apart(folder)}
+        self._tokenisers = {folder: kept for folder, kept in self._tokenisers.items() if apart(folder)}
+        self._files = {path: kept for path, kept in self._files.items() if apart(path)}
+        self._frozen = {key: kept for key, kept in self._frozen.items() if apart(key[0])}
+        self._digests = {key: kept for key, kept in self._digests.items() if apart(key[0])}
 
     # ---- frozen weights ----
 

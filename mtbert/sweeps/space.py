@@ -502,11 +502,19 @@ def checked(space: Space, read: Read, given: Sequence[str] = ()) -> Space:
         base = read(())
         if base.seeds != 1:
             raise ConfigError(f"seeds: expected 1, found {base.seeds}: {_REFUSED['seeds']}")
-        pinned = {each.split("=")[0].lstrip("-") for each in (*space.fixed, *given) if each.startswith("--")}
+        options = [each.split("=")[0] for each in (*space.fixed, *given) if each.startswith("--")]
+        pinned = {name.lstrip("-").replace("-", "_") for name in options}
         parameters: list[Parameter] = []
+        labels: dict[str, dict[Scalar, Scalar]] = {}
         for parameter in space.parameters:
             _refuse_fields(parameter, pinned, parameters)
-            parameters.append(_tried(parameter, read, base))
+            # Conditions name labels as they stand in the file: 1e-3 is a word there.
+            when = {
+                name: tuple(labels[name][label] for label in named) for name, named in parameter.when.items()
+            }
+            tried = _tried(dataclasses.replace(parameter, when=when), read, base)
+            labels[parameter.name] = dict(zip(parameter.choices, tried.choices, strict=True))
+            parameters.append(tried)
         if space.method != "grid":
             for parameter in parameters:
                 if parameter.points is not None:

@@ -8,6 +8,7 @@ system releases with the process: a running trial whose lock is free was killed,
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -110,11 +111,11 @@ class Study:
         self.optuna = import_optuna()
         self._guard = FolderLock(_made(folder / "locks"))
         self.place = self._own_place()
-        where = storage or str(folder / JOURNAL)
+        self._own_storage = storage is None
         try:
             with self.alone():
                 if storage is None:
-                    _cut_torn_line(folder / JOURNAL)
+                    _cut_torn_line(folder)
                 self.study = self.optuna.create_study(
                     storage=_journal(self.optuna, folder) if storage is None else storage,
                     study_name=name,
@@ -126,9 +127,9 @@ class Study:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"the study {name} in {where} cannot be opened ({type(error).__name__}: {error})"
-            ) from error
+            where = storage or folder / JOURNAL
+            text = f"the study {name} in {where} cannot be opened ({type(error).__name__}: {error})"
+            raise UserError(_without_password(text, storage)) from None  # the traceback would show it, too
 
     def prepare(self, definition: str) -> None:
         """Fill the queue; go on where it was begun. Raises ConfigError when the study is of another definition."""
@@ -192,6 +193,9 @@ class Study:
         if place is None:
             # Killed between two entries of the journal, before it could say where: nobody holds its lock.
             if self.study.user_attrs.get("filled by") != self.place:
+                return None
+            # Or another machine, which this folder's locks do not know, is about to say it.
+            if not self._own_storage and _age(frozen) < _LONGEST_WAIT:
                 return None
         elif place != self.place:
             return None
@@ -369,12 +373,29 @@ def _journal(optuna: Any, folder: Path) -> Any:
     return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL), lock_obj=lock))
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Drop the half line that a machine without power leaves."""
-    if path.is_file():
-        data = path.read_bytes()
+def _cut_torn_line(folder: Path) -> None:
+    """Drop the half line that a machine without power leaves in the journal, which nobody is writing meanwhile."""
+    path, lock = folder / JOURNAL, _JournalLock(folder)
+    lock.acquire()
+    try:
+        data = path.read_bytes() if path.is_file() else b""
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _without_password(text: str, storage: str | None) -> str:
+    """A message without the password of a storage's URL."""
+    credentials = re.match(r"[^:/]+://(.*)@", storage or "")
+    password = credentials[1].partition(":")[2] if credentials else ""
+    return text.replace(password, "***") if password else text
+
+
+def _age(frozen: Any) -> float:
+    """Seconds since a trial was begun."""
+    begun = frozen.datetime_start
+    return math.inf if begun is None else (datetime.datetime.now() - begun).total_seconds()
 
 
 def _suggested(trial: optuna.Trial, parameter: Parameter) -> Scalar:
@@ -430,7 +451,8 @@ def _sampler(optuna: Any, space: Space) -> Any:
 def _pruner(optuna: Any, space: Space) -> Any:
     if space.pruner == "median":
         return optuna.pruners.MedianPruner(
-            n_startup_trials=space.pruner_startup, n_warmup_steps=space.pruner_warmup
+            n_startup_trials=space.pruner_startup,
+            n_warmup_steps=space.pruner_warmup + 1,  # evaluations count from 1, optuna's steps from 0
         )
     if space.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(

@@ -30,6 +30,7 @@ from mtbert.sweeps.wandb_log import wandb_run
 
 TRIALS = "trials"
 _LONGEST_NAME = 120
+"""Bytes."""
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Workshop:
                 raise
             finally:
                 if self.shared is not None:
+                    self.shared.forget(folder)
                     self.shared.verify()
 
     def _with_evaluations(self, config: TrainConfig) -> TrainConfig:
@@ -155,7 +157,7 @@ class Workshop:
         if wanted is None:
             return config
         shared = SharedParts() if self.shared is None else self.shared
-        tables = shared.tables(config.data, list(tasks_of(config).values()))
+        tables = shared.tables(config.data, list(tasks_of(config).values()), extra=config.extra_data)
         tokeniser = shared.tokeniser(shared.folder(config.model.pretrained))
         data = prepare_data(config, tables, tokeniser, shared)
         steps = curriculum_of(config, task_batches(config, data)).total_steps
@@ -197,7 +199,8 @@ class _Watch:
 def trial_name(number: int, tags: list[str]) -> str:
     """The name of a trial's folder: its number, and what tells it from others."""
     text = "-".join(re.sub(r"[^\w.=+-]+", "_", tag).strip("_") for tag in tags)
-    return f"{number:04d}-{text}"[:_LONGEST_NAME].rstrip("-._")
+    name = f"{number:04d}-{text}".encode()[:_LONGEST_NAME]  # a file system counts bytes
+    return name.decode(errors="ignore").rstrip("-._")
 
 
 def remove_checkpoints(folder: Path, study: Study, keep: int | str) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from mtbert.engine.host_memory import give_back_freed_memory
 from mtbert.errors import Interrupted, UserError
 from mtbert.sweeps.study import Study, TrialFacts
 from mtbert.sweeps.trial import Outcome, Workshop, remove_checkpoints
@@ -35,6 +36,7 @@ def work(workshop: Workshop, *, jobs: int, say: Callable[[str], None]) -> None:
             ) from None
         finally:
             claim.release()
+        give_back_freed_memory()
         remove_checkpoints(workshop.folder, study, workshop.space.keep)
         say(progress_line(outcome, study.trials(), workshop.space.total, jobs))
         refusal = study.refusal()

@@ -96,6 +96,9 @@ def test_hostile_answers_are_rejected_soon() -> None:
         "word\n" * 30000,
         "{" * 90000 + "\n\n",
         "<thinking>\nIt is slow.",
+        "It" + " " * 90000 + "is slow.",
+        "Score" + "\t" * 90000 + "slow",
+        "Sure, the new text" + "*" * 90000,
     ):
         with pytest.raises(RejectedError):
             read_answer(text, SST)

@@ -81,6 +81,9 @@ def test_what_is_refused(tables: Path, extra: Path, tmp_path: Path) -> None:
             parse_train(["--data=sample", "--tasks=[sst]", "--extra-data", value])
     with pytest.raises(ConfigError, match="named twice"):
         parse_train(["--data=sample", "--extra-data=sst=a.csv", "--extra-data=sst=./a.csv"])
+    for value in ("[a", "[{a: b}]", "[1]"):
+        with pytest.raises(ConfigError, match="expected TASK=FILE or a list"):
+            parse_train(["--data=sample", "--extra-data", value])
     with pytest.raises(ConfigError, match="nothing behind it"):
         parse_train(["--data=sample", "--extra-data"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,24 @@ def test_cleaning_keeps_rows_ids_and_labels(
     assert not (tmp_path / "new-labels.png").exists()
 
 
+def test_no_prompt_holds_a_sentence_of_dev(
+    server: ChatServer, augment: Augment, tables: Path, tmp_path: Path
+) -> None:
+    """Not even one that is half of a training pair, or of a row to be repaired."""
+    folder = tmp_path / "tables"
+    shutil.copytree(tables, folder)
+    with (folder / "sts-train.csv").open("a") as file:
+        file.write(f"6\thalf\tWhat nobody else says here .\t{sentence(103).upper()}\t2.4\n")
+    data = f"--data={folder}"
+    assert augment("sts", "--multiply=2", data, url=server.url) == 0
+    assert augment("sts", "--clean", "--overwrite", data, url=server.url) == 0
+    assert server.calls
+    assert not any("nobody else" in call.prompt for call in server.calls)
+    rows = {row["id"]: row for row in read(tmp_path / "new.csv")}
+    assert (rows["half"]["sentence2"], rows["half"]["source"]) == (sentence(103).upper(), "original")
+    assert record(tmp_path)["rows"]["not_rewritten_because_in_dev_or_test"] == 1
+
+
 def test_the_key_is_sent_and_seen_nowhere(
     server: ChatServer,
     augment: Augment,
@@ -295,6 +314,11 @@ def test_the_key_is_sent_and_seen_nowhere(
     said = capsys.readouterr()
     written = [path.read_bytes().decode("utf-8", "replace") for path in tmp_path.iterdir()]
     assert not any(secret in text for text in (str(error.value), said.out, said.err, *written))
+    for unusable in (f"{secret} 2", f"{secret}\u2019", f"{secret}\r\nx"):
+        monkeypatch.setenv("OPENAI_API_KEY", unusable)
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY holds") as refused:
+            augment("sst", "--equalise", "--overwrite", url=server.url)
+        assert secret not in str(refused.value)
     assert str(tmp_path) not in (tmp_path / "new.json").read_text(), "a record holds no path of the machine"
 
 

@@ -187,7 +187,7 @@ def test_read_folder(write, tmp_path: Path) -> None:
 
 
 def test_write_table_is_read_back(tmp_path: Path) -> None:
-    texts = [('a "quoted"\ttab', "line\nend"), ('"', "é — «x»")]
+    texts = [('a "quoted"\ttab', "line\nend"), ('"', "é — «x» a\rb")]
     table = Table("sts", "train", tmp_path / "t.csv", ["1", "2"], texts, np.array([0.1, 5.0]), [2, 4])
     write_table(table.path, table, PAIR)
     again = read_table(table.path, "sts", "train", PAIR)

@@ -148,10 +148,13 @@ def test_a_grid_has_every_combination_once_and_conditions_hold(tmp_path: Path) -
           model.lora.rank: {choices: [4, 8], when: {mode: lora}}
           optim.lr: {low: 1e-5, high: 1e-3, log: true, points: 3}
           sst.head.hidden_layers: {low: 0, high: 4}
+          model.lora.alpha: {choices: [1e-3, 8], when: {mode: lora}}
+          seed: {choices: [1, 2], when: {model.lora.alpha: [1e-3]}}     # which YAML reads as a word in both places
         """,
     )
     grid = space.grid()
-    assert len(grid) == (1 + 2) * 3 * 5
+    assert len(grid) == (1 + 2 * (2 + 1)) * 3 * 5
+    assert all(("seed" in values) == (values.get("model.lora.alpha") == 1e-3) for values in grid)
     assert len({tuple(sorted(values.items(), key=str)) for values in grid}) == len(grid)
     assert all(("model.lora.rank" in values) == (values["mode"] == "lora") for values in grid)
     assert sorted({values["optim.lr"] for values in grid}, key=float) == pytest.approx([1e-5, 1e-4, 1e-3])
@@ -182,7 +185,7 @@ def test_the_points_of_a_range_lie_in_it_and_have_its_ends(
 def test_names_are_folders_of_their_own(tags: list[str]) -> None:
     name = trial_name(12, tags)
     assert name.startswith("0012")
-    assert len(name) <= 120
+    assert len(name.encode()) <= 120
     assert not set(name) & set('/\\:*?"<>| \n\0')
     assert name not in (".", "..")
 

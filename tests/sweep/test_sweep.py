@@ -20,8 +20,15 @@ import torch
 from safetensors.torch import load_file
 
 from mtbert import compare, predict, sweep, train
+from mtbert.data.tables import write_table
 from mtbert.engine.shared import SharedParts
 from mtbert.errors import ConfigError, Interrupted, UserError
+from mtbert.evaluation import sweep_report
+from mtbert.evaluation.plots.style import Source
+from mtbert.evaluation.plots.sweep_plots import importance_plot, parallel_plot, slice_plot
+from mtbert.evaluation.run import read_run
+from mtbert.sweeps import study as study_module
+from mtbert.sweeps.space import read_space
 from mtbert.sweeps.study import Study
 from mtbert.sweeps.workers import supervise
 
@@ -363,10 +370,79 @@ def test_a_database_serves_processes_with_folders_of_their_own(sweeps: Sweeps) -
     assert len(folders(one)) == 3
 
 
+def test_a_trial_begun_by_another_machine_a_moment_ago_is_its_own(
+    sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken the trial from the database and not said yet who it is."""
+    pytest.importorskip("sqlalchemy")
+    space = read_space(sweeps.space({"seed": [0, 1]}, method="grid"))
+    one, two = (
+        Study(sweeps.folder / name, space, storage=f"sqlite:///{sweeps.folder}/study.db")
+        for name in ("one", "two")
+    )
+    one.prepare("the same")
+    two.study.ask()
+    claim = one.claim()
+    assert claim is not None
+    assert claim.number == 1
+    assert one.claim() is None
+    monkeypatch.setattr(study_module, "_LONGEST_WAIT", 0.0)  # long after
+    claim = one.claim()
+    assert claim is not None
+    assert claim.number == 0
+
+
+def test_what_a_study_says_and_protects(sweeps: Sweeps) -> None:
+    """No password in a message; pruner_warmup evaluations pass unpruned."""
+    space = read_space(sweeps.space({"seed": [0]}, method="grid", pruner="median", pruner_warmup=1))
+    with pytest.raises(UserError, match=r"nobase://me:\*\*\*@host/db cannot be opened") as caught:
+        Study(sweeps.folder / "x", space, storage="nobase://me:pa:ss@w@host/db")
+    assert "pa:ss" not in str(caught.value)
+    space = dataclasses.replace(space, pruner_startup=1)
+    study = Study(sweeps.folder / "y", space).study
+    for score in (1.0, 0.0):
+        trial = study.ask()
+        trial.report(score, 1)
+        assert not trial.should_prune()
+        trial.report(score, 2)
+        assert trial.should_prune() == (score == 0.0)
+        study.tell(trial, score)
+
+
+def test_evaluations_are_counted_over_the_joined_table(sweeps: Sweeps) -> None:
+    """Twice as many steps, twice as far from one evaluation to the next; a model of a trial's own is let go."""
+    from mtbert.cli import parse_train
+    from mtbert.engine.build import load_model, prepare_machine
+    from mtbert.sweeps.trial import Workshop
+    from mtbert.tasks.loading import load_tables
+    from mtbert.tasks.registry import get_task
+
+    sst = get_task("sst")
+    table = load_tables("sample", [sst])["sst"]["train"]
+    ids = [f"new-{row_id}" for row_id in table.ids]
+    texts = [(f"{text} indeed",) for (text,) in table.texts]
+    extra = sweeps.folder / "extra.csv"
+    write_table(extra, dataclasses.replace(table, ids=ids, texts=texts), sst.layout)
+    space = read_space(sweeps.space({"seed": [0]}, method="grid", evaluations=2))
+    shared = SharedParts(splits=("train", "dev"))
+    shop: Any = Workshop(sweeps.folder, space, None, None, train.train, shared)  # type: ignore[arg-type]
+    options = ["--data=sample", "--tasks=[sst]", f"--model.pretrained={sweeps.bert}", "--sst.max_length=64"]
+    options.append(f"--cache={sweeps.folder}")
+    alone, joined = (parse_train([*options, *more]) for more in ([], [f"--extra-data=sst={extra}"]))
+    every = [int(shop._with_evaluations(config).evaluation.every) for config in (alone, joined)]
+    assert every[1] == pytest.approx(2 * every[0], abs=1)
+    load_model(dataclasses.replace(alone, mode="lora"), prepare_machine(alone), shared)
+    kept = ("_folders", "_tokenisers", "_files", "_frozen", "_digests")
+    shared.forget(sweeps.folder / "trials")
+    assert all(getattr(shared, name) for name in kept)
+    shared.forget(sweeps.bert)
+    assert not any(getattr(shared, name) for name in kept)
+
+
 def test_startup_trials_differ_and_depend_on_the_seed_alone(sweeps: Sweeps) -> None:
     """Two processes that draw at once, before either has a result."""
     from mtbert.cli import train_reader
-    from mtbert.sweeps.space import checked, read_space
+    from mtbert.sweeps.space import checked
 
     path = sweeps.space({"optim.lr": {"low": 1e-6, "high": 1e-2, "log": True}}, trials=4)
     space = read_space(path)
@@ -429,6 +505,35 @@ def test_weights_and_biases_get_every_trial(sweeps: Sweeps, monkeypatch: pytest.
         (0, {}),
         (1, {"ended": "nonfiniteerror"}),
     ]
+
+
+def test_a_start_has_its_own_threads_and_cache(sweeps: Sweeps) -> None:
+    """What may differ between two machines is neither kept in the folder nor passed over."""
+    space = sweeps.space({"seed": [0, 1]}, trials=1, method="random")
+    output = sweeps.run(space, "own", "--threads", 1)
+    other = sweeps.folder / "other"
+    threads = torch.get_num_threads()
+    try:
+        sweeps.run(space, "own", "--trials", 2, "--threads", 2, "--cache", other)
+    finally:
+        torch.set_num_threads(threads)
+    found = [read_run(folder).config() for folder in folders(output)]
+    assert [config["threads"] for config in found] == [1, 2]
+    assert [config["cache"] == str(other) for config in found] == [False, True]
+    with pytest.raises(ConfigError, match=r"was begun with epochs 1\.0, now it is 2\.0"):
+        sweeps.run(space, "own", "--trials", 2, "--epochs", 2)
+
+
+def test_words_in_plots_are_no_formulas() -> None:
+    name = r"$\frac{$"
+    importance_plot({name: 0.7}, {}, "fANOVA", Source("x", "y")).canvas.draw()
+    trial = sweep_report.SweepTrial(
+        0, "0000", "complete", 0.5, {name: name}, {1: 0.5}, [], {}, 1.0, "", Path()
+    )
+    for plot in (slice_plot, parallel_plot):
+        figure = plot([trial], [name], [], Source("x", "y"))
+        assert figure is not None
+        figure.canvas.draw()
 
 
 def test_the_command_line_says_what_it_needs(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,7 +247,10 @@ def slice_plot(
                 axes.set_xticks(values, [f"{value:.3g}" for value in values])
         else:
             axes.set_xticks(
-                range(len(labels)), [_cut(label) for label in labels], rotation=20 if len(labels) > 3 else 0
+                range(len(labels)),
+                [_cut(label) for label in labels],
+                rotation=20 if len(labels) > 3 else 0,
+                parse_math=False,
             )
             axes.set_xlim(-0.5, len(labels) - 0.5)
             for place, label in enumerate(labels):
@@ -287,7 +290,7 @@ def importance_plot(
         axes.barh(places, [shares[place][1] for place in places], color=colour, height=0.62, label=label)
     for place, (_, value) in enumerate(shares):
         axes.text(value + 0.005, place, f"{value:.2f}", va="center", size=8)
-    axes.set_yticks(range(len(shares)), [_cut(name, 40) for name, _ in shares])
+    axes.set_yticks(range(len(shares)), [_cut(name, 40) for name, _ in shares], parse_math=False)
     axes.set_xlim(0, max(value for _, value in shares) * 1.15 + 0.01)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
