@@ -403,6 +403,32 @@ def test_plugins_of_a_run_are_imported_only_on_demand(run: RunFolder, tmp_path: 
         run.config_path.write_text(text)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model: their_module.Model",
+        "model: {class_path: their_module.Model}",
+        "model.class_path: their_module.Model",
+        "sst: {head: {class_path: their_module.Head, init_args: {}}}",
+        "evaluation: other.yaml",
+        "plugins+: [their_module]",
+    ],
+)
+def test_the_option_parser_imports_and_reads_nothing(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    (tmp_path / "their_module.py").write_text("open('imported', 'w').close()\nclass Model: pass\nHead = Model\n")
+    (tmp_path / "other.yaml").write_text("resamples: 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "config.yaml"
+    values = yaml.safe_load(run.config_path.read_text())
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if k != line.split(":")[0]}) + line + "\n")
+    with pytest.raises(UserError, match=r"config\.yaml: (unknown option|.*expected a group of fields)"):
+        config_from_file(path)
+    assert not (tmp_path / "imported").exists()
+
+
 def test_links_do_not_lead_out(run: RunFolder, bert: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
