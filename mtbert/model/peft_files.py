@@ -65,8 +65,8 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """What training begins with, or what the names of the tensors say."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Of `init_lora_weights`; others (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights, so that
-the adapter belongs on a base that the folder does not hold."""
+"""Of `init_lora_weights`; others (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights: the
+adapter belongs on a base that the folder does not hold."""
 
 
 def tensor_name(layer: int, projection: str, matrix: str) -> str:

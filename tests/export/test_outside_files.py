@@ -176,7 +176,13 @@ def run(bert: Path) -> RunFolder:
     counts = {"counts": [1, 2, 3, 4, 5]}
     data = {
         "sst": {
-            "train": {"file": "a.csv", "rows": 15, "labels": counts},
+            "train": {
+                "file": "a.csv",
+                "rows": 15,
+                "labels": counts,
+                "own_labels": counts,
+                "extra": [{"file": "/their/b.csv", "sha256": "b1", "rows": 3, "left_out": 0}],
+            },
             "dev": {"rows": 2, "labels": counts, "overlap": 1},
         }
     }
@@ -417,13 +423,17 @@ def test_plugins_of_a_run_are_imported_only_on_demand(run: RunFolder, tmp_path: 
 def test_the_option_parser_imports_and_reads_nothing(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    (tmp_path / "their_module.py").write_text("open('imported', 'w').close()\nclass Model: pass\nHead = Model\n")
+    (tmp_path / "their_module.py").write_text(
+        "open('imported', 'w').close()\nclass Model: pass\nHead = Model\n"
+    )
     (tmp_path / "other.yaml").write_text("resamples: 7\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "config.yaml"
     values = yaml.safe_load(run.config_path.read_text())
-    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if k != line.split(":")[0]}) + line + "\n")
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in values.items() if k != line.split(":")[0]}) + line + "\n"
+    )
     with pytest.raises(UserError, match=r"config\.yaml: (unknown option|.*expected a group of fields)"):
         config_from_file(path)
     assert not (tmp_path / "imported").exists()
