@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from mtbert.engine.load_run import load_run
 from mtbert.engine.precision import Precision, product_settings, resolve_device
 from mtbert.engine.predictor import Example, Predictor, Space
 from mtbert.engine.run_folder import RunFolder
-from mtbert.errors import ConfigError, DataError, NonFiniteError
+from mtbert.errors import ConfigError, DataError, ModelFileError, NonFiniteError
 from mtbert.evaluation.assessment import Assessment, assess
 from mtbert.evaluation.baselines import baselines
 from mtbert.evaluation.bootstrap import RESAMPLES
@@ -36,6 +36,7 @@ from mtbert.kernels.dispatch import use_backend
 from mtbert.model.multitask import MultiTaskModel
 from mtbert.model.pooling import POOLINGS, Pooling
 from mtbert.model.pretrained import MINILM, load_encoder, resolve
+from mtbert.outside_files import own_file, read_json_object
 from mtbert.tasks.registry import Task
 
 __all__ = ["Answer", "Model", "load_model"]
@@ -76,6 +77,8 @@ def load_model(
         raise ConfigError(f"max_tokens: expected at least 1, found {max_tokens}")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads: expected at least 1, found {threads}")
+    if precision is not None and precision not in get_args(Precision):
+        raise ConfigError(f"precision: expected {', '.join(get_args(Precision))}, found {precision!r:.40}")
     folder = Path(path).expanduser()
     from mtbert.cli import config_from_file
 
@@ -141,13 +144,11 @@ def _most_tokens(model: MultiTaskModel) -> int:
 
 
 def _stated_pooling(folder: Path) -> Pooling:
-    """What sentence-transformers' file says, where the folder has one; else the mean."""
-    try:
-        found = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
-        first = isinstance(found, dict) and found.get("pooling_mode_cls_token") is True
-    except (OSError, ValueError):
-        first = False
-    return "cls" if first else "mean"
+    """What sentence-transformers' file says, where the folder has one; else the mean. Raises ModelFileError."""
+    path = own_file(folder, "1_Pooling/config.json", ModelFileError)
+    if not path.is_file():
+        return "mean"
+    return "cls" if read_json_object(path, ModelFileError).get("pooling_mode_cls_token") is True else "mean"
 
 
 def _space_of_run(config: TrainConfig, predictor: Predictor) -> Space | None:
@@ -326,11 +327,17 @@ class Model:
 
         examples: the path of a table with the task's columns, separated by tabs or commas (see `read_own_table`); or a
         `Table`; or examples as for `predict` with a label each: class numbers, or scores in the task's range.
-        resamples: of the bootstrap. Raises DataError for what cannot be scored.
+        resamples: of the bootstrap. Raises DataError for what cannot be scored; rows of a file that cannot be used are
+        left out with a warning.
         """
         chosen = self.task(task)
+        if labels is not None and isinstance(examples, str | Path | Table):
+            raise TypeError("labels: a table has its own; give labels to examples only")
         if isinstance(examples, str | Path):
             table = read_own_table(examples, task, chosen.layout, labelled=True)
+            if table.problems:
+                left_out = f"{len(table.problems)} rows left out, the first: {table.problems[0]}"
+                warnings.warn(f"{table.path}: {left_out}", stacklevel=2)
         elif isinstance(examples, Table):
             table = examples
         else:

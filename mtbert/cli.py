@@ -235,11 +235,29 @@ def config_from_file(path: Path, options: Sequence[str] = (), *, trust_plugins: 
         )
     load_plugins_of_run(path, values, trusted=trust_plugins)
     try:
-        return parse_with(train_parser(None), ["--config", str(path), *options])
+        parser = train_parser(None)
+        _refuse_other_than_fields(values, [o for o in _options(parser) if not o.endswith("+")])
+        return parse_with(parser, ["--config", str(path), *options])
     except UserError as error:
         raise ConfigError(f"{path}: {error}") from error
     except SystemExit:
         raise ConfigError(f"{path}: holds an option that only prints something") from None
+
+
+def _refuse_other_than_fields(values: Mapping[Any, Any], options: Sequence[str], prefix: str = "") -> None:
+    """Raise ConfigError for a key that is no option, and for a group that is no mapping.
+
+    jsonargparse has more in mind for both: it imports the module of a `class_path` before it refuses the class, takes
+    text in a group's place for such a path or for another file to read, and appends to `plugins+`.
+    """
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if any(option.startswith(f"{name}.") for option in options):
+            if not isinstance(value, Mapping):
+                raise _not_a_group(name, value, options)
+            _refuse_other_than_fields(value, options, f"{name}.")
+        elif name not in options:
+            raise ConfigError(f"unknown option {name}.{_suggest(name, options)}")
 
 
 def config_on_all_ranks(
@@ -258,7 +276,7 @@ def config_on_all_ranks(
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
     """Parse and build the dataclasses."""
     values = parse_or_explain(parser, joined_extra_data(arguments))
-    options = [o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")]
+    options = _options(parser)
     for group in sorted({option.split(".")[0] for option in options if "." in option}):
         if group in values and not isinstance(values[group], Namespace):
             raise _not_a_group(group, values[group], options)
@@ -364,7 +382,7 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
             return cause
         cause = cause.__cause__ or cause.__context__
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
-    options = sorted({o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")})
+    options = _options(parser)
     for pattern in _UNKNOWN:
         match = re.search(pattern, text)
         if match:
@@ -386,6 +404,11 @@ def _config_error(error: BaseException, parser: ArgumentParser) -> UserError:
     if wanted == "list" and re.fullmatch(r"[\w, .-]+", found.group(1)):
         wanted = f"a list in brackets, [{found.group(1)}]"
     return ConfigError(f"{name}: expected {wanted}, found {found.group(1)}")
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    """The names of all options, sorted: `model.lora.rank`."""
+    return sorted({o.lstrip("-") for a in parser._actions for o in a.option_strings if o.startswith("--")})
 
 
 def _not_a_group(name: str, found: object, options: Sequence[str]) -> ConfigError:

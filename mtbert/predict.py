@@ -53,6 +53,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)  # sentences may follow --task
     if options.task is None and (options.text or options.file):
         raise ConfigError("--task: name the task that the sentences are for")
+    if options.task is None and options.json:
+        raise ConfigError(
+            "--json is for answers to given sentences: add --task; tables are written as JSON anyway"
+        )
     if options.task is not None and (options.data or options.output):
         raise ConfigError("--data and --output are for whole tables; with --task give sentences or --file")
     with logging_to(None):

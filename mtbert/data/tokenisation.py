@@ -143,6 +143,11 @@ class Tokeniser:
                 if not isinstance(text, str) or not _is_unicode(text):
                     raise DataError(f"text {number} ({text!r:.80}) is not valid Unicode") from None
             raise
+        except BaseException as error:
+            # The library gives up on a regular expression of tokenizer.json that takes too long, by panicking.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ModelFileError(f"the tokeniser cannot read these texts ({error!s:.200})") from None
 
 
 @dataclass(frozen=True, eq=False)

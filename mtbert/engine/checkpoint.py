@@ -326,9 +326,11 @@ def _reason(error: Exception) -> str:
 
 
 def _own(path: Path) -> Path:
-    """The path itself. Raises _Unusable for a link that leads out of the folder it is in."""
+    """The path itself. Raises _Unusable for a link that leads out of the folder it is in, and for a pipe or device."""
     if not is_inside(path, path.parent):
         raise _Unusable(f"{path.name} leads out of {path.parent}")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise _Unusable(f"{path.name} is no ordinary file")
     return path
 
 

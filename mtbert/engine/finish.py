@@ -40,6 +40,12 @@ def _load_best_weights(model: nn.Module, folder: Path) -> int:
     checkpoint = CheckpointStore(folder).load_best(logger.warning)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no evaluated checkpoint")
+    own = model.state_dict()
+    for name, value in checkpoint.model.items():
+        # Copying would take anything for a number: the real part of a complex one, whole numbers, true and false.
+        if name in own and value.is_floating_point() != own[name].is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{checkpoint.path}: {name} has dtype {kind}, expected {own[name].dtype}")
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:

@@ -166,6 +166,8 @@ def read_history(path: Path) -> History:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path}: expected a file, found something else")
     try:
         texts = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:

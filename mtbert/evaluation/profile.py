@@ -10,7 +10,7 @@ from typing import Any
 from mtbert.errors import DataError
 from mtbert.evaluation.markdown import escape, image_links
 from mtbert.evaluation.table import Cell, markdown_table, table
-from mtbert.outside_files import read_json_object
+from mtbert.outside_files import own_file, read_json_object
 from mtbert.ranges import PHASES
 
 FOLDER = "profile"
@@ -105,10 +105,15 @@ class ProfileFacts:
 
 def read_profile(folder: Path) -> ProfileFacts | None:
     """The profile of a run; None where it has none. Raises DataError for a file that is damaged."""
-    path = folder / FOLDER / SUMMARY
+    path = own_file(folder, f"{FOLDER}/{SUMMARY}", DataError)
     if not path.is_file():
         return None
-    return ProfileFacts(read_json_object(path, DataError))
+    profile = ProfileFacts(read_json_object(path, DataError))
+    try:
+        profile_section(profile, {}, folder)  # whatever is missing, or of another kind, shows here
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{path}: is no profile ({type(error).__name__}: {error!s:.80})") from None
+    return profile
 
 
 def profile_section(profile: ProfileFacts, plots: Mapping[str, Path], folder: Path) -> str:

@@ -163,12 +163,24 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
                 "a list",
                 facts.get("problems"),
             )
-            labels = facts.get("labels")
-            counts = labels.get("counts") if isinstance(labels, dict) else labels
-            holds = (
-                isinstance(counts, list) and 0 < len(counts) <= _MOST_CLASSES and all(map(_is_count, counts))
-            )
-            expect(labels is None or holds, f"{place}.labels", "counts, or null", labels)
+            for name in ("labels", "own_labels"):
+                labels = facts.get(name)
+                expect(labels is None or _is_histogram(labels), f"{place}.{name}", "counts, or null", labels)
+            extras = facts.get("extra") or []
+            expect(isinstance(extras, list), f"{place}.extra", "a list", extras)
+            for extra in extras:
+                holds = isinstance(extra, dict) and (
+                    all(isinstance(extra.get(name), str) for name in ("file", "sha256"))
+                    and all(_is_count(extra.get(name)) for name in ("rows", "left_out"))
+                )
+                expect(holds, f"{place}.extra", "file, sha256, rows, left_out", extra)
+            expect(not extras or "rows" in facts, f"{place}.rows", "a count", None)
+
+
+def _is_histogram(labels: Any) -> bool:
+    """Counts, or an object with them."""
+    counts = labels.get("counts") if isinstance(labels, dict) else labels
+    return isinstance(counts, list) and 0 < len(counts) <= _MOST_CLASSES and all(map(_is_count, counts))
 
 
 def _is_count(value: Any) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from mtbert.errors import DataError
 from mtbert.evaluation.files import write_text
 from mtbert.evaluation.predictions import predictions_from_outputs, probabilities
+from mtbert.outside_files import read_json_object
 
 if TYPE_CHECKING:
     from mtbert.tasks.registry import Task
@@ -48,8 +50,13 @@ class SwapConsistency:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SwapConsistency:
-        """What `to_json` gave."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        """What `to_json` gave. Raises KeyError for a field that is missing, TypeError for one of another kind."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        for name, value in fields.items():
+            kinds = {"kind": (str,), "changed": (int, NoneType), "pairs": (int,), "of": (int,)}
+            if type(value) not in kinds.get(name, (float, int)):
+                raise TypeError(f"{name} is {value!r:.40}")
+        return cls(**fields)
 
     def to_text(self) -> str:
         """In a sentence."""
@@ -103,8 +110,10 @@ def read_swaps(folder: Path) -> dict[str, SwapConsistency]:
     path = folder / SWAPS_FILE
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): SwapConsistency.from_json(each) for name, each in values.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    found = {}
+    for name, values in read_json_object(path, DataError).items():
+        try:
+            found[name] = SwapConsistency.from_json(values)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: {name[:80]}: cannot be read: {error!s:.80}") from None
+    return found

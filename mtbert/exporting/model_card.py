@@ -30,7 +30,8 @@ _LIBRARIES = {
     "sentence-transformers": "sentence-transformers",
     "onnx": "onnx",
 }
-_PATHS = ("data", "output", "cache", "plugins", "device", "threads")  # of the machine, nobody else's affair
+_PATHS = ("data", "extra_data", "output", "cache", "plugins", "device", "threads")
+"""Fields that are of the machine, nobody else's affair."""
 
 
 def write_card(exported: ExportedRun, folder: Path, format_name: str, name: str) -> None:
@@ -174,7 +175,13 @@ def _data(exported: ExportedRun, run: Run) -> str:
             facts = run.data(name, split)
             if facts:
                 digest = facts.get("sha256") or "not recorded"
-                rows.append([name, split, _table_name(run, name, split), facts.get("rows"), digest])
+                more = facts.get("extra") or []
+                own = facts["rows"] - sum(extra["rows"] for extra in more) if more else facts.get("rows")
+                rows.append([name, split, _table_name(run, name, split), own, digest])
+                rows += [
+                    [name, f"{split}: extra", Path(extra["file"]).name, extra["rows"], extra["sha256"]]
+                    for extra in more
+                ]
     notes = [
         markdown_table(headers, rows),
         "sha256: of the file; where the table is no file, of its rows as JSON.",

@@ -57,13 +57,16 @@ _PLAIN_VALUES: dict[str, Any] = {
     "ensure_weight_tying": False,
 }
 """What PEFT's fields must be (or be empty) for an adapter that `LoraAdapter` is."""
-_READ = {"r", "lora_alpha", "use_rslora", "peft_type"}
+_READ = {"r", "lora_alpha", "use_rslora", "peft_type", "init_lora_weights"}
 _WITHOUT_EFFECT = {
-    "lora_dropout", "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "task_type",
+    "lora_dropout", "inference_mode", "base_model_name_or_path", "revision", "task_type",
     "auto_mapping", "peft_version", "target_modules", "layers_to_transform", "layers_pattern", "qalora_group_size",
     "megatron_core",
 }  # fmt: skip
 """What training begins with, or what the names of the tensors say."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Of `init_lora_weights`; others (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights: the
+adapter belongs on a base that the folder does not hold."""
 
 
 def tensor_name(layer: int, projection: str, matrix: str) -> str:
@@ -122,6 +125,12 @@ def _refuse_other_kinds(path: Path, values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ModelFileError(f"{path}: peft_type {kind!r:.80}; expected 'LORA'")
+    start = values.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise ModelFileError(
+            f"{path}: init_lora_weights {start!r:.80} is not served: it changes the weights of the base; convert the"
+            " adapter by peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     for name, value in values.items():
         if name in _READ or name in _WITHOUT_EFFECT or not value:
             continue

@@ -169,6 +169,12 @@ def test_the_report_says_it_shortly(make_run, monkeypatch: pytest.MonkeyPatch) -
         "the scores of a seeded sample of 50 of 100 pairs differ by 0.010 on average and 0.200 at most"
         in page
     )
-    (folder / "swapped-pairs.json").write_text("[1]")
-    with pytest.raises(DataError, match=r"swapped-pairs\.json: cannot be read"):
-        read_swaps(folder)
+    for text in (
+        "[1]",
+        "[" * 100_000,
+        '{"sts": 1}',
+        json.dumps({"sts": swaps["sts"].to_json() | {"pairs": "many"}}),
+    ):
+        (folder / "swapped-pairs.json").write_text(text)
+        with pytest.raises(DataError, match=r"swapped-pairs\.json: "):
+            read_swaps(folder)

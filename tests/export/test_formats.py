@@ -230,6 +230,11 @@ def test_adapters_of_other_kinds_are_refused_by_name(tmp_path: Path, tiny_bert: 
         ("bias", {"bias": "lora_only"}, "bias lora_only"),
         ("modules", {"modules_to_save": ["pooler"]}, r"modules_to_save \['pooler'\]"),
         ("pattern", {"rank_pattern": {"query": 2}}, "rank_pattern"),
+        (
+            "base",
+            {"init_lora_weights": "olora"},
+            "init_lora_weights 'olora' is not served: it changes the weights",
+        ),
         ("embeddings", {"target_modules": ["word_embeddings"]}, "is not a LoRA matrix"),
         ("pooler", {"target_modules": ["query", "pooler.dense"]}, "is not a LoRA matrix"),
     ):

@@ -33,7 +33,12 @@ def described(run: Any) -> Any:
         Predictions("sst", "dev", tuple(map(str, range(40))), labels, outputs),
     )
     tables = {
-        "train": {"file": "/home/me/sst-train.csv", "rows": 90, "sha256": "ab" * 32},
+        "train": {
+            "file": "/home/me/sst-train.csv",
+            "rows": 90,
+            "sha256": "ab" * 32,
+            "extra": [{"file": "/home/me/more.csv", "rows": 30, "left_out": 1, "sha256": "cd" * 32}],
+        },
         "dev": {"rows": 40, "overlap": 2},
     }
     facts = {
@@ -66,7 +71,8 @@ def run_code(code: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
 def test_the_card_of_a_minilm(tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import ModelCard
 
-    run = described(make_run(tmp_path / "run", "minilm", VALUES))
+    values = {**VALUES, "extra_data": ["sst=/home/me/more.csv"]}
+    run = described(make_run(tmp_path / "run", "minilm", values))
     own, _ = loaded(run)
     export.main([str(run.path), "--format", "hf", "--task", "sst", "--output", str(tmp_path / "my-sst")])
     metadata, body, code = card_of(tmp_path / "my-sst")
@@ -78,8 +84,8 @@ def test_the_card_of_a_minilm(tmp_path: Path, minilm: Path, monkeypatch: pytest.
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(0.75, abs=0.12)
     assert "95% interval" in metadata["model-index"][0]["results"][0]["metrics"][0]["name"]
     for piece in (
-        "ab" * 32,
-        "sst-train.csv",
+        f"| sst | train | sst-train.csv | 60 | {'ab' * 32} |",
+        f"| sst | train: extra | more.csv | 30 | {'cd' * 32} |",
         "2 of sst",
         "Quora question pairs among them",
         "apache-2.0",

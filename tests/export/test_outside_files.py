@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.made_runs import loaded, make_run
 from support.tiny_bert import write_tiny_bert
 
@@ -176,7 +177,13 @@ def run(bert: Path) -> RunFolder:
     counts = {"counts": [1, 2, 3, 4, 5]}
     data = {
         "sst": {
-            "train": {"file": "a.csv", "rows": 15, "labels": counts},
+            "train": {
+                "file": "a.csv",
+                "rows": 15,
+                "labels": counts,
+                "own_labels": counts,
+                "extra": [{"file": "/their/b.csv", "sha256": "b1", "rows": 3, "left_out": 0}],
+            },
             "dev": {"rows": 2, "labels": counts, "overlap": 1},
         }
     }
@@ -403,6 +410,36 @@ def test_plugins_of_a_run_are_imported_only_on_demand(run: RunFolder, tmp_path: 
         run.config_path.write_text(text)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model: their_module.Model",
+        "model: {class_path: their_module.Model}",
+        "model.class_path: their_module.Model",
+        "sst: {head: {class_path: their_module.Head, init_args: {}}}",
+        "evaluation: other.yaml",
+        "plugins+: [their_module]",
+    ],
+)
+def test_the_option_parser_imports_and_reads_nothing(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    (tmp_path / "their_module.py").write_text(
+        "open('imported', 'w').close()\nclass Model: pass\nHead = Model\n"
+    )
+    (tmp_path / "other.yaml").write_text("resamples: 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "config.yaml"
+    values = yaml.safe_load(run.config_path.read_text())
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in values.items() if k != line.split(":")[0]}) + line + "\n"
+    )
+    with pytest.raises(UserError, match=r"config\.yaml: (unknown option|.*expected a group of fields)"):
+        config_from_file(path)
+    assert not (tmp_path / "imported").exists()
+
+
 def test_links_do_not_lead_out(run: RunFolder, bert: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -444,6 +481,48 @@ def test_links_do_not_lead_out(run: RunFolder, bert: Path, tmp_path: Path) -> No
     (theirs / "checkpoints" / "step-4").symlink_to(secret / "step-4")
     with pytest.raises(UserError, match="leads out of"):
         CheckpointStore(theirs / "checkpoints").load_best(lambda _: None)
+
+
+def test_pipes_are_not_waited_for_and_other_numbers_are_no_weights(run: RunFolder, tmp_path: Path) -> None:
+    import hashlib
+
+    from mtbert.engine.checkpoint import _seal
+
+    theirs = RunFolder(tmp_path / "run")
+    shutil.copytree(run.path, theirs.path)
+    weights, complete = (theirs.checkpoints / "step-4" / name for name in ("model.safetensors", "COMPLETE"))
+
+    def seal() -> None:
+        fields = json.loads(complete.read_bytes())
+        data = weights.read_bytes()
+        fields["files"][weights.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        fields.pop("seal")
+        complete.write_text(json.dumps({**fields, "seal": _seal(fields)}))
+
+    for dtype in (torch.int8, torch.complex64):
+        found = load_file(run.checkpoints / "step-4" / weights.name)
+        found["heads.sst.output.bias"] = found["heads.sst.output.bias"].to(dtype)
+        save_file(found, weights)
+        seal()
+        with pytest.raises(UserError, match=r"heads\.sst\.output\.bias has dtype"):
+            loaded(theirs)
+    for path in (weights, complete, theirs.metrics_path):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="COMPLETE is no ordinary file"):
+        loaded(theirs)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: expected a file"):
+        read_run(theirs.path)
+    theirs.metrics_path.unlink()
+    (theirs.path / "profile").mkdir()
+    (theirs.path / "profile" / "profile.json").write_text('{"phases": 1}')
+    with pytest.raises(UserError, match=r"profile\.json: is no profile"):
+        read_run(theirs.path)
+    (tmp_path / "secret").write_text("{}")
+    (theirs.path / "profile" / "profile.json").unlink()
+    (theirs.path / "profile" / "profile.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="leads out of its folder"):
+        read_run(theirs.path)
 
 
 def test_exports_appear_whole_or_not_at_all(

@@ -135,6 +135,10 @@ def test_a_folder_may_say_that_its_first_token_is_the_vector(tiny_bert: Path, tm
     plain = mtbert.load(tiny_bert, precision="float32")
     np.testing.assert_array_equal(found, plain.encode(["a cat"], pooling="cls"))
     assert np.abs(found - plain.encode(["a cat"])).max() > 0.01
+    for text in ("[" * 100_000, "[1]"):
+        (folder / "1_Pooling" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"1_Pooling/config\.json: "):
+            mtbert.load(folder)
 
 
 def test_pairs_of_a_few_sentences_read_each_sentence_once(
@@ -193,6 +197,12 @@ def test_other_refusals(model: Model, run: Path, tmp_path: Path) -> None:
         mtbert.load(run.parent / "rum")
     with pytest.raises(UserError, match=r"no config\.yaml"):
         mtbert.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"precision: expected auto, .*found 'float64'"):
+        mtbert.load(run, precision="float64")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--json is for answers"):
+        predict.main([str(run), "--json"])
+    with pytest.raises(TypeError, match="a table has its own"):
+        model.evaluate("sst", dev("sst"), [1, 2])
     with pytest.raises(ConfigError, match="threads: expected at least 1"):
         mtbert.load(run, threads=0)
     with torch.no_grad():
