@@ -27,6 +27,9 @@ _REFUSED = {
     "seeds": "a trial is one run; vary seed to see how much a score owes to chance",
     "plugins": "they are imported once, before the first trial: give them in the fixed part",
     "profile": "it changes no score",
+    "cache": "it changes no score",
+    "device": "each start of a sweep has its own",
+    "threads": "each start of a sweep has its own",
 }
 _INCOMPARABLE = {
     "evaluation.selection": "trials are compared by the score that it changes",

@@ -392,6 +392,22 @@ def test_a_trial_begun_by_another_machine_a_moment_ago_is_its_own(
     assert claim.number == 0
 
 
+def test_two_machines_may_fill_the_queue_at_once(sweeps: Sweeps) -> None:
+    """Neither saw the other's entries: every combination is run once, and counted once."""
+    pytest.importorskip("sqlalchemy")
+    space = read_space(sweeps.space({"seed": [0, 1]}, method="grid"))
+    one, two = (
+        Study(sweeps.folder / name, space, storage=f"sqlite:///{sweeps.folder}/study.db")
+        for name in ("one", "two")
+    )
+    one.prepare("the same")
+    for slot, values in enumerate(space.grid()):
+        two.study.enqueue_trial(values, user_attrs={"slot": slot})
+    claims = [study.claim() for study in (one, two, one, two)]
+    assert [None if claim is None else claim.values["seed"] for claim in claims] == [0, 1, None, None]
+    assert [trial.state for trial in one.trials()] == ["running"] * 2
+
+
 def test_what_a_study_says_and_protects(sweeps: Sweeps) -> None:
     """No password in a message; pruner_warmup evaluations pass unpruned."""
     space = read_space(sweeps.space({"seed": [0]}, method="grid", pruner="median", pruner_warmup=1))
