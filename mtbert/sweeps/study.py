@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import time
 import uuid
@@ -184,7 +183,7 @@ class Study:
             lock = self._lock(trial.number)
             lock.acquire()
             claim = Claim(trial, {}, lock)
-            claim.note(place=self.place, host=platform.node())
+            claim.note(place=self.place)
             claim.values = self._suggest(trial)
             claim.note(attempts=1)
             return claim
@@ -206,7 +205,7 @@ class Study:
             return None
         trial = self.optuna.trial.Trial(self.study, frozen._trial_id)
         claim = Claim(trial, {}, lock, dict(attributes))
-        claim.note(place=self.place, host=platform.node())
+        claim.note(place=self.place)
         claim.values = self._suggest(trial)
         claim.note(attempts=attributes.get("attempts", 0) + 1)
         return claim
