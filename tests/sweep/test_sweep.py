@@ -564,9 +564,8 @@ def test_the_command_line_says_what_it_needs(sweeps: Sweeps, capsys: pytest.Capt
     assert not (sweeps.folder / "x").exists()
     with pytest.raises(ConfigError, match="mode is given in the fixed part or on the command line, too"):
         sweep.main([str(space), "--output", str(sweeps.folder / "x"), "--mode=full"])
-    with pytest.raises(
-        ConfigError, match=r"model\.lora\.rank is given in the fixed part or on the command line"
-    ):
-        sweep.main([str(space), "--list", "--model.lora.ran", "8"])  # the parser takes it, too
+    epochs = sweeps.space({"epochs": [1, 2]}, method="grid", name="epochs")
+    with pytest.raises(ConfigError, match="epochs is given in the fixed part or on the command line"):
+        sweep.main([str(epochs), "--list", "--epoch", "3"])  # the parser takes it, too
     with pytest.raises(UserError, match="holds no sweep"):
         sweep.main([str(space), "--output", str(sweeps.folder / "x"), "--report"])
