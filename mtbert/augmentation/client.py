@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,8 @@ NO_KEY = "none"
 """Sent to a server that needs no key; the client insists on one."""
 LONGEST_WAIT = 600.0
 """Seconds: a server that asks for more is not waited for."""
+MOST_REFUSED = 3
+"""Requests that a server refuses in every form before it counts as one that refuses them all."""
 _SCHEMA = "structured output"
 
 
@@ -126,17 +129,15 @@ class ChatClient:
     async def ask(self, requests: Sequence[Request], title: str) -> list[Reply | Refusal]:
         """The answers in the order of the requests. Raises ServerError where the server is of no use.
 
-        The first request that the cache does not answer goes alone where it is not known yet whether the server
+        The first requests that the cache does not answer go alone where it is not known yet whether the server
         keeps to a JSON schema.
         """
         if self._schema is None and requests:
             self._schema = self._cache.note(f"{_SCHEMA} of {requests[0].free['model']}")
         with tqdm(total=len(requests), desc=title, unit="row", disable=None) as bar:
             if self._schema is None:
-                for request in requests:
-                    if self._cached(request.structured, request.attempt) is None:
-                        await self._find_out(request)
-                        break
+                unknown = (r for r in requests if self._cached(r.structured, r.attempt) is None)
+                await self._find_out(list(islice(unknown, MOST_REFUSED)))
             replies: list[Reply | Refusal | None] = [None] * len(requests)
             waiting = iter(enumerate(requests))
 
@@ -182,17 +183,26 @@ class ChatClient:
         if reply.model:
             self.traffic.models.add(reply.model)
 
-    async def _find_out(self, request: Request) -> None:
-        """Whether the server takes a JSON schema: where it takes the same request only without one, it does not."""
-        found = await self._ask_server(request.structured, request.attempt)
-        if isinstance(found, Refusal):
-            if found.reason != REFUSED:
-                raise ServerError(f"{self._where}: {found.detail}")
-            plain = await self._ask_server(request.free, request.attempt)
-            if isinstance(plain, Refusal):
-                raise ServerError(f"{self._where}: {plain.reason}: {plain.detail}")
-        self._schema = isinstance(found, Reply)
-        self._cache.put_note(f"{_SCHEMA} of {request.free['model']}", self._schema)
+    async def _find_out(self, requests: Sequence[Request]) -> None:
+        """Whether the server takes a JSON schema: where it takes the same request only without one, it does not.
+
+        A request that it takes in neither form says nothing (its text may be what is refused): the next one is asked.
+        """
+        refusal: Refusal | None = None
+        for request in requests:
+            found = await self._ask_server(request.structured, request.attempt)
+            if isinstance(found, Refusal):
+                if found.reason != REFUSED:
+                    raise ServerError(f"{self._where}: {found.detail}")
+                plain = await self._ask_server(request.free, request.attempt)
+                if isinstance(plain, Refusal):
+                    refusal = plain
+                    continue
+            self._schema = isinstance(found, Reply)
+            self._cache.put_note(f"{_SCHEMA} of {request.free['model']}", self._schema)
+            return
+        if refusal is not None:
+            raise ServerError(f"{self._where}: {refusal.reason}: {refusal.detail}")
 
     async def _with_retries(self, send: Any) -> Any:
         """What `send` gives; a Refusal for what no retry mends. Raises ServerError when nothing gets through."""

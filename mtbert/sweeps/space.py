@@ -27,6 +27,9 @@ _REFUSED = {
     "seeds": "a trial is one run; vary seed to see how much a score owes to chance",
     "plugins": "they are imported once, before the first trial: give them in the fixed part",
     "profile": "it changes no score",
+    "cache": "it changes no score",
+    "device": "each start of a sweep has its own",
+    "threads": "each start of a sweep has its own",
 }
 _INCOMPARABLE = {
     "evaluation.selection": "trials are compared by the score that it changes",
@@ -503,7 +506,7 @@ def checked(space: Space, read: Read, given: Sequence[str] = ()) -> Space:
         if base.seeds != 1:
             raise ConfigError(f"seeds: expected 1, found {base.seeds}: {_REFUSED['seeds']}")
         options = [each.split("=")[0] for each in (*space.fixed, *given) if each.startswith("--")]
-        pinned = {name.lstrip("-").replace("-", "_") for name in options}
+        pinned = _given_fields([name.lstrip("-").replace("-", "_") for name in options], base)
         parameters: list[Parameter] = []
         labels: dict[str, dict[Scalar, Scalar]] = {}
         for parameter in space.parameters:
@@ -534,6 +537,16 @@ def checked(space: Space, read: Read, given: Sequence[str] = ()) -> Space:
         raise ConfigError(
             str(error) if str(error).startswith(str(space.path)) else f"{space.path}: {error}"
         ) from error
+
+
+def _given_fields(names: Sequence[str], base: TrainConfig) -> set[str]:
+    """The fields that options set: by name, by a group of them, or by a beginning that the parser takes."""
+    known = {name for name, _ in _leaves(to_dict(base))}
+    return {
+        each
+        for name in names
+        for each in ({name} if name in known else {full for full in known if full.startswith(name)})
+    }
 
 
 def _refuse_fields(parameter: Parameter, pinned: set[str], before: Sequence[Parameter]) -> None:

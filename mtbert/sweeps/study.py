@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import time
 import uuid
@@ -171,18 +170,20 @@ class Study:
                 found = self._taken_over(frozen)
                 if found is not None:
                     return found
-            waiting = self.study.get_trials(deepcopy=False, states=(self._state.WAITING,))
-            if not waiting or self._begun() >= self.space.total:
-                return None
-            trial = self.study.ask()
+            while True:
+                queue = self._queue()
+                begun = sum(trial.state != self._state.WAITING for trial in queue)
+                if begun == len(queue) or begun >= self.space.total:
+                    return None
+                trial = self.study.ask()
+                if trial.number in {each.number for each in queue}:
+                    break
+                # One that stands twice, or one too many: another machine took the last of the queue meanwhile.
+                self.study.tell(trial, state=self._state.FAIL)
             lock = self._lock(trial.number)
             lock.acquire()
-            if "slot" not in trial.user_attrs:  # another machine took the last one meanwhile
-                self.study.tell(trial, state=self._state.FAIL)
-                lock.release()
-                return None
             claim = Claim(trial, {}, lock)
-            claim.note(place=self.place, host=platform.node())
+            claim.note(place=self.place)
             claim.values = self._suggest(trial)
             claim.note(attempts=1)
             return claim
@@ -204,7 +205,7 @@ class Study:
             return None
         trial = self.optuna.trial.Trial(self.study, frozen._trial_id)
         claim = Claim(trial, {}, lock, dict(attributes))
-        claim.note(place=self.place, host=platform.node())
+        claim.note(place=self.place)
         claim.values = self._suggest(trial)
         claim.note(attempts=attributes.get("attempts", 0) + 1)
         return claim
@@ -212,11 +213,13 @@ class Study:
     def _lock(self, number: int) -> FolderLock:
         return FolderLock(_made(self.folder / "locks" / f"{number:04d}"))
 
-    def _begun(self) -> int:
-        return sum(
-            trial.state != self._state.WAITING and "slot" in trial.user_attrs
-            for trial in self.study.get_trials(deepcopy=False)
-        )
+    def _queue(self) -> list[Any]:
+        """Its trials: the first of each slot, since two machines that begin at once may both fill it."""
+        first: dict[int, Any] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            if "slot" in trial.user_attrs:
+                first.setdefault(trial.user_attrs["slot"], trial)
+        return sorted(first.values(), key=lambda trial: int(trial.number))
 
     def _suggest(self, trial: optuna.Trial) -> dict[str, Scalar]:
         """Values of the active parameters; a trial that is gone on with keeps those that it has."""
@@ -245,9 +248,7 @@ class Study:
         """All trials of the queue, in its order."""
         words = {"FAIL": "failed"}
         found = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if "slot" not in trial.user_attrs:
-                continue
+        for trial in self._queue():
             curve = {int(step): float(value) for step, value in trial.intermediate_values.items()}
             state = words.get(trial.state.name, trial.state.name.lower())
             score = trial.value if state == "complete" else max(curve.values(), default=None)

@@ -345,13 +345,15 @@ def test_a_server_that_is_of_no_use_ends_the_job_with_what_is_kept(
         augment("sst", "--equalise", "--overwrite", "--seed=5", url=server.url)
 
 
+@pytest.mark.parametrize("which", [0, 5])
 def test_one_request_that_fails_for_good_is_a_missing_row(
-    server: ChatServer, augment: Augment, tmp_path: Path
+    server: ChatServer, augment: Augment, tmp_path: Path, which: int
 ) -> None:
+    """Even the very first one, which is to find out about structured output."""
     poor: set[str] = set()
 
     def behaviour(call: Call) -> Send | None:
-        poor.add(call.cells[0]) if call.number == 5 else None
+        poor.add(call.cells[0]) if call.number == which else None
         return Send(status=400, message="this prompt is too long") if call.cells[0] in poor else None
 
     server.behaviour = behaviour

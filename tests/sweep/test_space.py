@@ -71,6 +71,7 @@ MISTAKES = {
     "trials: 3\nparameters: {sst.head.activation: [selo]}": "did you mean 'selu'?",
     "trials: 3\nparameters: {sst.head.activation: [yes]}": "YAML reads on, off, yes and no as true and false",
     "trials: 3\nparameters: {sst.head: [1]}": "parameters.sst.head.choices",
+    "trials: 3\nparameters: {threads: [1, 2]}": "threads cannot be searched: each start of a sweep has its own",
     "trials: 3\nparameters: {output: [a]}": "output cannot be searched: every trial has a folder of its own",
     "trials: 3\nparameters: {evaluation.selection: [dev]}": "evaluation.selection cannot be searched",
     "trials: 3\nparameters: {tasks: [[sst], [sst, para]]}": "scores of different tasks cannot be compared",

@@ -392,6 +392,22 @@ def test_a_trial_begun_by_another_machine_a_moment_ago_is_its_own(
     assert claim.number == 0
 
 
+def test_two_machines_may_fill_the_queue_at_once(sweeps: Sweeps) -> None:
+    """Neither saw the other's entries: every combination is run once, and counted once."""
+    pytest.importorskip("sqlalchemy")
+    space = read_space(sweeps.space({"seed": [0, 1]}, method="grid"))
+    one, two = (
+        Study(sweeps.folder / name, space, storage=f"sqlite:///{sweeps.folder}/study.db")
+        for name in ("one", "two")
+    )
+    one.prepare("the same")
+    for slot, values in enumerate(space.grid()):
+        two.study.enqueue_trial(values, user_attrs={"slot": slot})
+    claims = [study.claim() for study in (one, two, one, two)]
+    assert [None if claim is None else claim.values["seed"] for claim in claims] == [0, 1, None, None]
+    assert [trial.state for trial in one.trials()] == ["running"] * 2
+
+
 def test_what_a_study_says_and_protects(sweeps: Sweeps) -> None:
     """No password in a message; pruner_warmup evaluations pass unpruned."""
     space = read_space(sweeps.space({"seed": [0]}, method="grid", pruner="median", pruner_warmup=1))
@@ -536,6 +552,7 @@ def test_words_in_plots_are_no_formulas() -> None:
         figure.canvas.draw()
 
 
+@pytest.mark.filterwarnings("ignore:.*abbrev")
 def test_the_command_line_says_what_it_needs(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:
     space = sweeps.space({"mode": ["full", "lora"], "model.lora.rank": [4, 8]}, method="grid")
     with pytest.raises(ConfigError, match="--output: expected the folder of the sweep"):
@@ -548,5 +565,8 @@ def test_the_command_line_says_what_it_needs(sweeps: Sweeps, capsys: pytest.Capt
     assert not (sweeps.folder / "x").exists()
     with pytest.raises(ConfigError, match="mode is given in the fixed part or on the command line, too"):
         sweep.main([str(space), "--output", str(sweeps.folder / "x"), "--mode=full"])
+    epochs = sweeps.space({"epochs": [1, 2]}, method="grid", name="epochs")
+    with pytest.raises(ConfigError, match="epochs"):
+        sweep.main([str(epochs), "--list", "--epoch", "3"])  # the parser takes it, too
     with pytest.raises(UserError, match="holds no sweep"):
         sweep.main([str(space), "--output", str(sweeps.folder / "x"), "--report"])
