@@ -144,11 +144,20 @@ def _most_tokens(model: MultiTaskModel) -> int:
 
 
 def _stated_pooling(folder: Path) -> Pooling:
-    """What sentence-transformers' file says, where the folder has one; else the mean. Raises ModelFileError."""
+    """What sentence-transformers' file says, where the folder has one; else the mean. Raises ModelFileError.
+
+    Warns of what such a model does beside it and `encode` does not: another pooling, and dense layers.
+    """
     path = own_file(folder, "1_Pooling/config.json", ModelFileError)
     if not path.is_file():
         return "mean"
-    return "cls" if read_json_object(path, ModelFileError).get("pooling_mode_cls_token") is True else "mean"
+    said = read_json_object(path, ModelFileError)
+    modes = {key.removeprefix("pooling_mode_") for key, value in said.items() if value is True}
+    left = sorted(modes & {"max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"})
+    left += sorted(each.parent.name for each in folder.glob("*_Dense/config.json"))
+    if left:
+        warnings.warn(f"{folder}: encode leaves out {', '.join(left)} of sentence-transformers", stacklevel=4)
+    return "cls" if "cls_token" in modes else "mean"
 
 
 def _space_of_run(config: TrainConfig, predictor: Predictor) -> Space | None:

@@ -41,6 +41,7 @@ from mtbert.model.kept_heads import load_heads
 from mtbert.model.lora import LoraConfig, add_lora
 from mtbert.model.peft_files import load_adapters
 from mtbert.model.pretrained import load_config, load_encoder
+from mtbert.tasks.registry import TASKS
 
 
 def fuzz(examples: int) -> settings:
@@ -472,6 +473,9 @@ def test_links_do_not_lead_out(run: RunFolder, bert: Path, tmp_path: Path) -> No
         (theirs / name).symlink_to(secret)
         with pytest.raises(UserError, match=f"{name}: leads out of the run's folder"):
             RunFolder.open(theirs)
+        if name in ("run.json", "metrics.jsonl", "predictions"):  # a comparison opens no run
+            with pytest.raises(UserError, match="leads out of its folder"):
+                read_run(theirs).predictions(TASKS["sst"])
     (tmp_path / "run-link").symlink_to(run.path)
     loaded(RunFolder.open(tmp_path / "run-link"))
     # A checkpoint whose best step is a path, and one that is a link.
