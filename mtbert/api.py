@@ -340,6 +340,8 @@ class Model:
         left out with a warning.
         """
         chosen = self.task(task)
+        if resamples < 1:
+            raise ConfigError(f"resamples: expected at least 1, found {resamples}")
         if labels is not None and isinstance(examples, str | Path | Table):
             raise TypeError("labels: a table has its own; give labels to examples only")
         if isinstance(examples, str | Path):
@@ -434,6 +436,7 @@ def _examples(task: str | None, is_pair: bool, given: Iterable[Any]) -> Iterable
     if (
         isinstance(given, str | bytes | Mapping)
         or hasattr(given, "columns")
+        or getattr(given, "ndim", 1) == 0
         or not isinstance(given, Iterable)
     ):
         found = "one string" if isinstance(given, str) else f"a {type(given).__name__}"
@@ -501,7 +504,7 @@ def _chunks(values: Iterable[_T]) -> Iterator[list[_T]]:
 
 def _joined(blocks: Iterator[np.ndarray], given: Iterable[Any], none: np.ndarray) -> np.ndarray:
     """The blocks as one array; where their number is known they are copied only once. none: the result of no blocks."""
-    if not isinstance(given, Sized):
+    if not isinstance(given, Sized) or getattr(given, "ndim", 1) == 0:  # an array without axes has no length
         return np.concatenate([none, *blocks])
     joined = np.empty((len(given), none.shape[1]), dtype=none.dtype)
     done = 0

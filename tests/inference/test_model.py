@@ -206,6 +206,10 @@ def test_other_refusals(model: Model, run: Path, tmp_path: Path) -> None:
         mtbert.load(run, precision="float64")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--json is for answers"):
         predict.main([str(run), "--json"])
+    with pytest.raises(TypeError, match="found a ndarray"):
+        model.predict("sst", np.array("one string"))
+    with pytest.raises(ConfigError, match="resamples: expected at least 1"):
+        model.evaluate("sst", ["a cat"], [1], resamples=0)
     with pytest.raises(TypeError, match="a table has its own"):
         model.evaluate("sst", dev("sst"), [1, 2])
     with pytest.raises(ConfigError, match="threads: expected at least 1"):
