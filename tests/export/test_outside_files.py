@@ -244,6 +244,16 @@ def test_tokenisers(bert: Path, tmp_path: Path, seed: int, file: str) -> None:
     survives(folder, file, use, random.Random(seed), r"tokenizer\.json|vocab\.txt|tokenizer_config\.json")
 
 
+def test_a_pattern_without_an_end_is_given_up(bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokeniser"
+    shutil.copytree(bert, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="the tokeniser cannot read these texts"):
+        Tokeniser.from_folder(folder).encode(["a" * 40 + "!"])
+
+
 @pytest.fixture(scope="module")
 def own(run: RunFolder) -> tuple[LoadedRun, TrainConfig]:
     return loaded(run)
