@@ -144,11 +144,20 @@ def _most_tokens(model: MultiTaskModel) -> int:
 
 
 def _stated_pooling(folder: Path) -> Pooling:
-    """What sentence-transformers' file says, where the folder has one; else the mean. Raises ModelFileError."""
+    """What sentence-transformers' file says, where the folder has one; else the mean. Raises ModelFileError.
+
+    Warns of what such a model does beside it and `encode` does not: another pooling, and dense layers.
+    """
     path = own_file(folder, "1_Pooling/config.json", ModelFileError)
     if not path.is_file():
         return "mean"
-    return "cls" if read_json_object(path, ModelFileError).get("pooling_mode_cls_token") is True else "mean"
+    said = read_json_object(path, ModelFileError)
+    modes = {key.removeprefix("pooling_mode_") for key, value in said.items() if value is True}
+    left = sorted(modes & {"max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"})
+    left += sorted(each.parent.name for each in folder.glob("*_Dense/config.json"))
+    if left:
+        warnings.warn(f"{folder}: encode leaves out {', '.join(left)} of sentence-transformers", stacklevel=4)
+    return "cls" if "cls_token" in modes else "mean"
 
 
 def _space_of_run(config: TrainConfig, predictor: Predictor) -> Space | None:
@@ -331,6 +340,8 @@ class Model:
         left out with a warning.
         """
         chosen = self.task(task)
+        if resamples < 1:
+            raise ConfigError(f"resamples: expected at least 1, found {resamples}")
         if labels is not None and isinstance(examples, str | Path | Table):
             raise TypeError("labels: a table has its own; give labels to examples only")
         if isinstance(examples, str | Path):
@@ -425,6 +436,7 @@ def _examples(task: str | None, is_pair: bool, given: Iterable[Any]) -> Iterable
     if (
         isinstance(given, str | bytes | Mapping)
         or hasattr(given, "columns")
+        or getattr(given, "ndim", 1) == 0
         or not isinstance(given, Iterable)
     ):
         found = "one string" if isinstance(given, str) else f"a {type(given).__name__}"
@@ -492,7 +504,7 @@ def _chunks(values: Iterable[_T]) -> Iterator[list[_T]]:
 
 def _joined(blocks: Iterator[np.ndarray], given: Iterable[Any], none: np.ndarray) -> np.ndarray:
     """The blocks as one array; where their number is known they are copied only once. none: the result of no blocks."""
-    if not isinstance(given, Sized):
+    if not isinstance(given, Sized) or getattr(given, "ndim", 1) == 0:  # an array without axes has no length
         return np.concatenate([none, *blocks])
     joined = np.empty((len(given), none.shape[1]), dtype=none.dtype)
     done = 0

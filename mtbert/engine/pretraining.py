@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+STAGES_FOLDER = "pretraining"
+"""Where a run keeps the runs before it."""
+
+
 @dataclass
 class PretrainingConfig:
     """Further pretraining before the run: first masked-language modelling, then one task alone."""
@@ -154,7 +158,7 @@ def stages(config: TrainConfig, folder: Path) -> list[Stage]:
             run=config.run,
             **changes,
         )
-        planned.append(Stage(name, folder / "pretraining" / name, own))
+        planned.append(Stage(name, folder / STAGES_FOLDER / name, own))
         return str(planned[-1].encoder)
 
     if settings.mlm_epochs > 0:

@@ -15,6 +15,7 @@ from mtbert.evaluation.predictions import Predictions, predictions_path, read_ou
 from mtbert.evaluation.profile import ProfileFacts, read_profile
 from mtbert.outside_files import (
     MOST_YAML_BYTES,
+    own_file,
     parse_yaml_object,
     read_json_object,
     read_text,
@@ -99,7 +100,8 @@ class Run:
 
     def predictions(self, task: Task, split: str = "dev") -> Predictions:
         """The predictions of one task; a DataError where they are missing or damaged."""
-        return read_outputs(predictions_path(self.folder, task.name, split), task, split)
+        path = predictions_path(self.folder, task.name, split)
+        return read_outputs(own_file(self.folder, str(path.relative_to(self.folder)), DataError), task, split)
 
     def all_predictions(self, tasks: Mapping[str, Task], split: str = "dev") -> dict[str, Predictions]:
         """The predictions of every task that has them."""
@@ -109,15 +111,15 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder; a ConfigError when it is none, a DataError when a file of it is damaged."""
-    facts = folder / "run.json"
+    facts, config, metrics = (
+        own_file(folder, name, DataError) for name in ("run.json", "config.yaml", "metrics.jsonl")
+    )
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder")
     if not facts.is_file():
         raise ConfigError(_not_a_run(folder))
     info = read_json_object(facts, DataError)
     _check_info(facts, info)
-    config = folder / "config.yaml"
-    metrics = folder / "metrics.jsonl"
     return Run(
         folder=folder,
         info=info,

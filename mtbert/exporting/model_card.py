@@ -12,8 +12,9 @@ import yaml
 
 import mtbert
 from mtbert.config import to_dict
-from mtbert.errors import UserError
-from mtbert.evaluation.markdown import escape
+from mtbert.engine.pretraining import STAGES_FOLDER
+from mtbert.errors import DataError, UserError
+from mtbert.evaluation.markdown import escape, fenced
 from mtbert.evaluation.metrics import headline_name
 from mtbert.evaluation.report import run_results
 from mtbert.evaluation.results import Results, result_rows
@@ -169,23 +170,20 @@ def _table_name(run: Run, task: str, split: str) -> str:
 
 def _data(exported: ExportedRun, run: Run) -> str:
     headers = ["task", "split", "table", "rows", "sha256"]
-    rows: list[list[Any]] = []
-    for name in exported.loaded.tasks:
-        for split in ("train", "dev", "test"):
-            facts = run.data(name, split)
-            if facts:
-                digest = facts.get("sha256") or "not recorded"
-                more = facts.get("extra") or []
-                own = facts["rows"] - sum(extra["rows"] for extra in more) if more else facts.get("rows")
-                rows.append([name, split, _table_name(run, name, split), own, digest])
-                rows += [
-                    [name, f"{split}: extra", Path(extra["file"]).name, extra["rows"], extra["sha256"]]
-                    for extra in more
-                ]
+    rows = [row for name in exported.loaded.tasks for row in _table_rows(run, name, name)]
+    for path in sorted((run.folder / STAGES_FOLDER).glob("*/run.json")):
+        place = f"{STAGES_FOLDER}/{path.parent.name}/run.json"
+        stage = read_run(own_file(run.folder, place, DataError).parent)
+        names = [str(name) for name in stage.info.get("data") or {}]
+        rows += [
+            row for name in names for row in _table_rows(stage, name, f"{escape(name)} (before the run)")
+        ]
     notes = [
         markdown_table(headers, rows),
         "sha256: of the file; where the table is no file, of its rows as JSON.",
     ]
+    if exported.config.pretraining.mlm_epochs:
+        notes.append("Before the run, masked-language modelling read the sentences of the training tables.")
     if run.info.get("synthetic"):
         notes.append("The examples are synthetic: the program generated them.")
     overlap = {name: run.data(name, "dev").get("overlap") for name in exported.loaded.tasks}
@@ -193,6 +191,23 @@ def _data(exported: ExportedRun, run: Run) -> str:
     if found:
         notes.append(f"Dev examples that also stand in train: {found}.")
     return "\n\n".join(notes)
+
+
+def _table_rows(run: Run, task: str, label: str) -> list[list[Any]]:
+    """A row for each table of a task, and for each that joined it."""
+    rows: list[list[Any]] = []
+    for split in ("train", "dev", "test"):
+        facts = run.data(task, split)
+        if not facts:
+            continue
+        digest = escape(str(facts.get("sha256") or "not recorded"))
+        more = facts.get("extra") or []
+        own = facts["rows"] - sum(extra["rows"] for extra in more) if more else facts.get("rows")
+        rows.append([label, split, escape(_table_name(run, task, split)), own, digest])
+        for extra in more:
+            name = escape(Path(extra["file"]).name)
+            rows.append([label, f"{split}: extra", name, extra["rows"], escape(extra["sha256"])])
+    return rows
 
 
 def _metrics(run: Run, results: Results | None) -> str:
@@ -255,7 +270,7 @@ def _training(exported: ExportedRun, run: Run) -> str:
         f"- sha256 of the encoder's weights: {_digest(exported)}",
     ]
     listed = "\n".join(facts)
-    return f"{listed}\n\n<details><summary>configuration</summary>\n\n```yaml\n{text}```\n\n</details>"
+    return f"{listed}\n\n<details><summary>configuration</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
 
 
 def _digest(exported: ExportedRun) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mtbert import reference
 from mtbert.errors import ExportError
+from mtbert.evaluation.metrics import class_names
 from mtbert.exporting.run import ExportedRun, write_json
 from mtbert.model.activations import activation
 from mtbert.model.heads import Head
@@ -186,8 +187,6 @@ def reference_head(head: Head, width: int) -> reference.Head:
 def _description(exported: ExportedRun, names: list[str], outputs: list[str]) -> dict[str, Any]:
     described: dict[str, Any] = {"inputs": names, "outputs": outputs, "max_length": exported.max_length}
     if exported.name is not None:
-        from mtbert.evaluation.metrics import class_names
-
         task = exported.task
         described |= {"task": task.name, "kind": task.kind, "classes": list(class_names(task))}
         described |= {"score_range": list(task.score_range) if task.score_range else None}

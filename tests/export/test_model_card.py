@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ def test_the_card_of_a_minilm(tmp_path: Path, minilm: Path, monkeypatch: pytest.
     values = {**VALUES, "extra_data": ["sst=/home/me/more.csv"]}
     run = described(make_run(tmp_path / "run", "minilm", values))
     own, _ = loaded(run)
+    before = run.path / "pretraining" / "cfimdb"
+    before.mkdir(parents=True)
+    tables = {"train": {"file": "/home/me/reviews.csv", "rows": 7, "sha256": "ef" * 32}}
+    (before / "run.json").write_text(json.dumps({"tasks": ["cfimdb"], "data": {"cfimdb": tables}}))
     export.main([str(run.path), "--format", "hf", "--task", "sst", "--output", str(tmp_path / "my-sst")])
     metadata, body, code = card_of(tmp_path / "my-sst")
     card = ModelCard.load(tmp_path / "my-sst" / "README.md")
@@ -86,6 +91,7 @@ def test_the_card_of_a_minilm(tmp_path: Path, minilm: Path, monkeypatch: pytest.
     for piece in (
         f"| sst | train | sst-train.csv | 60 | {'ab' * 32} |",
         f"| sst | train: extra | more.csv | 30 | {'cd' * 32} |",
+        f"| cfimdb (before the run) | train | reviews.csv | 7 | {'ef' * 32} |",
         "2 of sst",
         "Quora question pairs among them",
         "apache-2.0",

@@ -41,6 +41,7 @@ from mtbert.model.kept_heads import load_heads
 from mtbert.model.lora import LoraConfig, add_lora
 from mtbert.model.peft_files import load_adapters
 from mtbert.model.pretrained import load_config, load_encoder
+from mtbert.tasks.registry import TASKS
 
 
 def fuzz(examples: int) -> settings:
@@ -241,6 +242,16 @@ def test_tokenisers(bert: Path, tmp_path: Path, seed: int, file: str) -> None:
         Tokeniser.from_folder(folder).encode(["a good movie [SEP]", ""])
 
     survives(folder, file, use, random.Random(seed), r"tokenizer\.json|vocab\.txt|tokenizer_config\.json")
+
+
+def test_a_pattern_without_an_end_is_given_up(bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokeniser"
+    shutil.copytree(bert, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="the tokeniser cannot read these texts"):
+        Tokeniser.from_folder(folder).encode(["a" * 40 + "!"])
 
 
 @pytest.fixture(scope="module")
@@ -472,6 +483,9 @@ def test_links_do_not_lead_out(run: RunFolder, bert: Path, tmp_path: Path) -> No
         (theirs / name).symlink_to(secret)
         with pytest.raises(UserError, match=f"{name}: leads out of the run's folder"):
             RunFolder.open(theirs)
+        if name in ("run.json", "metrics.jsonl", "predictions"):  # a comparison opens no run
+            with pytest.raises(UserError, match="leads out of its folder"):
+                read_run(theirs).predictions(TASKS["sst"])
     (tmp_path / "run-link").symlink_to(run.path)
     loaded(RunFolder.open(tmp_path / "run-link"))
     # A checkpoint whose best step is a path, and one that is a link.

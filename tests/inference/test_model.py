@@ -135,6 +135,11 @@ def test_a_folder_may_say_that_its_first_token_is_the_vector(tiny_bert: Path, tm
     plain = mtbert.load(tiny_bert, precision="float32")
     np.testing.assert_array_equal(found, plain.encode(["a cat"], pooling="cls"))
     assert np.abs(found - plain.encode(["a cat"])).max() > 0.01
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text("{}")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.warns(UserWarning, match="encode leaves out max_tokens, 2_Dense"):
+        mtbert.load(folder)
     for text in ("[" * 100_000, "[1]"):
         (folder / "1_Pooling" / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"1_Pooling/config\.json: "):
@@ -201,6 +206,10 @@ def test_other_refusals(model: Model, run: Path, tmp_path: Path) -> None:
         mtbert.load(run, precision="float64")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--json is for answers"):
         predict.main([str(run), "--json"])
+    with pytest.raises(TypeError, match="found a ndarray"):
+        model.predict("sst", np.array("one string"))
+    with pytest.raises(ConfigError, match="resamples: expected at least 1"):
+        model.evaluate("sst", ["a cat"], [1], resamples=0)
     with pytest.raises(TypeError, match="a table has its own"):
         model.evaluate("sst", dev("sst"), [1, 2])
     with pytest.raises(ConfigError, match="threads: expected at least 1"):
