@@ -1,7 +1,8 @@
 """What several runs in one process need not read, tokenise or compute twice.
 
-Runs that share get the same numbers, bit for bit, as runs that don't: what is shared is never written to (which is
-verified by its bytes after every run), and features are kept under everything that their bits depend on.
+Runs that share get the same numbers, bit for bit, as runs that don't: what is shared is never written to (of frozen
+weights, which are next to trained ones, the bytes are verified after every run), and features are kept under everything
+that their bits depend on.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def supervised(folder: Path, kind: str) -> tuple[int, int]:
 def test_workers_that_are_killed_are_replaced_and_errors_end_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in ("killed", "error", "waits"):
+    for kind in ("killed", "error"):
         (tmp_path / kind).mkdir()
     # One after the other, so that each knows its number.
     start = subprocess.Popen
@@ -210,11 +210,21 @@ def test_workers_that_are_killed_are_replaced_and_errors_end_all(
     with pytest.raises(UserError, match="a worker ended with an error"):
         supervised(tmp_path / "error", "error")
     assert len(list((tmp_path / "error").glob("stopped-*"))) == 1
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(Interrupted, match="the same command goes on"):
-        supervised(tmp_path / "waits", "waits")
-    assert len(list((tmp_path / "waits").glob("stopped-*"))) == 2
+
+
+def test_ctrl_c_asks_the_workers_to_stop(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            supervised(tmp_path, "waits")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(list(tmp_path.glob("stopped-*"))) == 2
 
 
 def test_a_killed_sweep_goes_on(sweeps: Sweeps) -> None:
