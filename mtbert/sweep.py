@@ -23,7 +23,9 @@ from mtbert.evaluation.comparison import config_differences
 from mtbert.evaluation.sweep_report import Sweep, SweepTrial, write_sweep_report
 from mtbert.ranges import span
 from mtbert.sweeps.preview import preview
-from mtbert.sweeps.space import Read, Space, checked, read_space
+from mtbert.sweeps.space import Read, Space
+from mtbert.sweeps.space_check import checked
+from mtbert.sweeps.space_file import read_space
 from mtbert.sweeps.study import Study, definition_of
 from mtbert.sweeps.trial import TRIALS, Workshop
 from mtbert.sweeps.wandb_log import import_wandb

@@ -13,7 +13,7 @@ import yaml
 
 from mtbert import sweep, train
 from mtbert.evaluation import sweep_report
-from mtbert.sweeps.space import read_space
+from mtbert.sweeps.space_file import read_space
 from mtbert.sweeps.study import Study, TrialFacts
 
 pytest.importorskip("optuna")

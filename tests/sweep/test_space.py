@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from mtbert.cli import train_reader
 from mtbert.errors import ConfigError
 from mtbert.sweep import shipped
-from mtbert.sweeps.space import Parameter, Space, checked, read_space
+from mtbert.sweeps.space import Parameter, Space
+from mtbert.sweeps.space_check import checked
+from mtbert.sweeps.space_file import read_space
 from mtbert.sweeps.trial import trial_name
 
 READ = train_reader([])

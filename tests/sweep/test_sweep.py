@@ -28,7 +28,7 @@ from mtbert.evaluation.plots.style import Source
 from mtbert.evaluation.plots.sweep_plots import importance_plot, parallel_plot, slice_plot
 from mtbert.evaluation.run import read_run
 from mtbert.sweeps import study as study_module
-from mtbert.sweeps.space import read_space
+from mtbert.sweeps.space_file import read_space
 from mtbert.sweeps.study import Study
 from mtbert.sweeps.workers import supervise
 
@@ -468,7 +468,7 @@ def test_evaluations_are_counted_over_the_joined_table(sweeps: Sweeps) -> None:
 def test_startup_trials_differ_and_depend_on_the_seed_alone(sweeps: Sweeps) -> None:
     """Two processes that draw at once, before either has a result."""
     from mtbert.cli import train_reader
-    from mtbert.sweeps.space import checked
+    from mtbert.sweeps.space_check import checked
 
     path = sweeps.space({"optim.lr": {"low": 1e-6, "high": 1e-2, "log": True}}, trials=4)
     space = read_space(path)
