@@ -195,6 +195,17 @@ def resume_options(arguments: Sequence[str]) -> list[str]:
     return options
 
 
+def count(text: str) -> int:
+    """The type of an option that counts something: a whole number, at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
+    return value
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The option of whoever opens a run whose configuration names plugins."""
     parser.add_argument(

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from mtbert import train
-from mtbert.cli import run_main
+from mtbert.cli import count, run_main
 from mtbert.config import to_dict
 from mtbert.engine.folder_lock import FolderLock
 from mtbert.engine.interruptions import stop_with_parent
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="multiplies the learning rates of rows that train the encoder, for shortened trainings (%(default)s)",
     )
-    add("--max-steps", type=_count, metavar="N", help="steps of a run at most, where the scale leaves more")
+    add("--max-steps", type=count, metavar="N", help="steps of a run at most, where the scale leaves more")
     add(
         "--max-tokens",
         type=_positive,
@@ -121,13 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         help="training tokens of a run at most, each example counted once: rows that differ in the method alone get the"
         " same steps, and rows of small batches more than under --max-steps",
     )
-    add(
-        "--seeds", type=_count, default=1, metavar="N", help="runs of each row, seeds 0, 1, ... (%(default)s)"
-    )
+    add("--seeds", type=count, default=1, metavar="N", help="runs of each row, seeds 0, 1, ... (%(default)s)")
     add("--data", metavar="DIR", help="a folder in the CS224N layout, hub, or sample")
     add("--output", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="(%(default)s)")
-    add("--jobs", type=_count, default=1, metavar="N", help="runs at a time (%(default)s)")
-    add("--threads", type=_count, metavar="N", help="threads of each run (all processors, divided by --jobs)")
+    add("--jobs", type=count, default=1, metavar="N", help="runs at a time (%(default)s)")
+    add("--threads", type=count, metavar="N", help="threads of each run (all processors, divided by --jobs)")
     add("--keep-checkpoints", action="store_true", help="keep the finished runs' checkpoints (gigabytes)")
     add("--table", action="store_true", help="only write the table of the runs in --output that are finished")
     add("--list", action="store_true", help="show the rows, with --data also what they cost; run nothing")
@@ -141,16 +139,6 @@ def _positive(text: str) -> float:
         value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
     return value
 
 

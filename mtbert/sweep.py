@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from mtbert import train
-from mtbert.cli import run_main, train_reader
+from mtbert.cli import count, run_main, train_reader
 from mtbert.config import TrainConfig, to_dict, to_yaml
 from mtbert.engine.durable import replace_file
 from mtbert.engine.interruptions import stop_with_parent
@@ -117,12 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="folder of the sweep: study, trials, report")
     add(
         "--trials",
-        type=_count,
+        type=count,
         metavar="N",
         help="number of trials; more than before goes on (method tpe, random)",
     )
-    add("--jobs", type=_count, default=1, metavar="N", help="trials at a time on this machine (%(default)s)")
-    add("--threads", type=_count, metavar="N", help="threads of each process (--jobs divide the processors)")
+    add("--jobs", type=count, default=1, metavar="N", help="trials at a time on this machine (%(default)s)")
+    add("--threads", type=count, metavar="N", help="threads of each process (--jobs divide the processors)")
     add(
         "--seed",
         type=int,
@@ -197,16 +197,6 @@ def _keep(text: str) -> int | str:
         value = -1
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 0, or all, found {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
     return value
 
 

@@ -347,7 +347,7 @@ def load_openai() -> Any:
         return importlib.import_module("openai")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"a language model is asked through the library openai ({error}): pip install 'mtbert[augment]'"
+            f"a language model is asked through the library openai ({error}): pip install -e '.[augment]'"
             " (--offline needs none)"
         ) from None
 

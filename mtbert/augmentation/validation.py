@@ -206,7 +206,7 @@ def load_language() -> Language:
         langid = importlib.import_module("py3langid.langid")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"the language of the answers is checked by the library py3langid ({error}): pip install 'mtbert[augment]'"
+            f"the language of the answers is checked by the library py3langid ({error}): pip install -e '.[augment]'"
         ) from None
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
