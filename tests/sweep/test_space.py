@@ -193,6 +193,14 @@ def test_names_are_folders_of_their_own(tags: list[str]) -> None:
     assert name not in (".", "..")
 
 
+def test_the_example_of_the_page_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    path = tmp_path / "space.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    space = read_space(path)
+    checked(space, train_reader([*space.fixed, "--data=sample"]))
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_shipped_space_is_valid(name: str) -> None:
     space = read_space(shipped()[name])
